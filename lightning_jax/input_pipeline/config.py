@@ -1,7 +1,10 @@
 """What the data are: corpora, tokenizer, how they mix and how documents are packed into rows."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+EMBEDDED_PARTS = ("text", "code")
 
 
 @dataclass(frozen=True)
@@ -9,9 +12,25 @@ class CorpusConfig:
     """One corpus: where its documents are and how to read them."""
 
     format: Literal["embedded", "text", "jsonl", "parquet", "array_record", "tfds", "huggingface", "tokens"]
-    path: str  # file, folder or glob; tfds "name/config:version"; the part's name for "embedded"
+    path: str  # file, folder or glob; tfds "name/config:version" or folder; the part's name for "embedded"
     split: str  # tfds and huggingface; "" elsewhere
     field: str  # which field of a record holds the text; "" where a record is the text
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.path:
+            found.append("path: empty; give a file, folder or glob, or the name of a data set")
+        elif self.format == "embedded" and self.path not in EMBEDDED_PARTS:
+            found.append(f"path: the embedded corpus has no part {self.path!r}; {' or '.join(EMBEDDED_PARTS)}")
+        if self.format in ("parquet", "tfds", "huggingface") and not self.field:
+            found.append(f'field: empty; name the column of {self.format} records that holds the text, often "text"')
+        if self.format in ("embedded", "text", "tokens") and self.field:
+            found.append(f'field: {self.format} records have no field {self.field!r}; make it ""')
+        if self.format == "tfds" and not self.split:
+            found.append('split: empty; name one, often "train"')
+        if self.format not in ("tfds", "huggingface") and self.split:
+            found.append(f'split: {self.format} has no split {self.split!r}; make it ""')
+        return found
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,19 @@ class TokenizerConfig:
     path: str  # kind="file": a tokenizer.json; "" else
     vocab_size: int  # kind="train": the size to train to; else what the tokenizer must not exceed
     bos: str  # token put before each document, "" for none
-    eos: str  # token put after each document
+    eos: str  # token put after each document, "" for none
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.kind == "file" and not self.path:
+            found.append("path: empty; give a tokenizer.json")
+        if self.kind != "file" and self.path:
+            found.append(f'path: kind="{self.kind}" reads no file; make it "" or the kind "file"')
+        least = {"bytes": "every byte", "train": "every byte", "file": "a token"}[self.kind]
+        smallest = 1 if self.kind == "file" else 256 + len({self.bos, self.eos} - {""})
+        if self.vocab_size < smallest:
+            found.append(f"vocab_size: {self.vocab_size} has no room for {least}; make it at least {smallest}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,18 @@ class DataConfig:
     on_bad_record: Literal["skip", "stop"]
     max_document_bytes: int  # longer records count as bad
 
+    def problems(self) -> list[str]:
+        found = []
+        if not self.corpora:
+            found.append("corpora: empty; name at least one corpus")
+        if not 0 <= self.validation_fraction < 1:
+            found.append(f"validation_fraction: {self.validation_fraction} is not in [0, 1)")
+        if self.max_document_bytes < 1:
+            found.append(f"max_document_bytes: {self.max_document_bytes} is not positive")
+        if self.tokenizer.kind == "train" and all(corpus.format == "tokens" for corpus in self.corpora.values()):
+            found.append('tokenizer.kind: "tokens" corpora hold no text to train on; "file" with the one they used')
+        return found
+
 
 @dataclass(frozen=True)
 class MixtureConfig:
@@ -44,3 +87,16 @@ class MixtureConfig:
     start: dict[str, float]
     end: dict[str, float]  # equal to start where the mixture does not move
     packing: Literal["split", "best_fit"]  # split: concatenate then cut; best_fit: documents stay whole where they fit
+
+    def problems(self) -> list[str]:
+        found = []
+        for field in ("start", "end"):
+            shares = getattr(self, field)
+            wrong = {name: share for name, share in shares.items() if not 0 <= share < math.inf}
+            found.extend(f"{field}.{name}: {share} is no share; 0 leaves a corpus out" for name, share in wrong.items())
+            if not wrong and not any(shares.values()):
+                found.append(f"{field}: no corpus has a share; make one positive")
+        if self.start.keys() != self.end.keys():
+            odd = ", ".join(sorted(self.start.keys() ^ self.end.keys()))
+            found.append(f"end: does not name the same corpora as start ({odd}); a share may be 0")
+        return found

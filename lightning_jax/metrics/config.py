@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lightning_jax.models.config import FlopsConvention
+
 
 @dataclass(frozen=True)
 class MetricsConfig:
@@ -13,5 +15,20 @@ class MetricsConfig:
     tensorboard: bool
     sample_prompts: tuple[str, ...]
     sample_tokens: int
-    sample_temperature: float
-    flops_convention: str  # name of the FLOPs count that MFU divides by, see models.config
+    sample_temperature: float  # 0 takes the likeliest token each time
+    flops_convention: FlopsConvention  # what MFU counts as the model's work
+
+    def problems(self) -> list[str]:
+        """What cannot work, one line each."""
+        lower_bounds = {
+            "log_every_steps": 1,
+            "evaluate_every_steps": 1,
+            "evaluation_batches": 1,
+            "sample_tokens": 0,
+            "sample_temperature": 0,
+        }
+        return [
+            f"{name}: {getattr(self, name)} is too small; use {bound} or more"
+            for name, bound in lower_bounds.items()
+            if not getattr(self, name) >= bound
+        ]

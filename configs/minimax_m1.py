@@ -1,0 +1,167 @@
+"""MiniMax-M1 (arXiv 2506.13585): lightning attention in 7 of 8 layers, a mixture of experts, DeepNorm post-norm.
+
+    python -m lightning_jax.train --config=configs/minimax_m1.py             # the largest size that fits this machine
+    python -m lightning_jax.train --config=configs/minimax_m1.py:laptop      # insists; so do 1b, 8b, 456b
+
+What follows the colon is a size. 456b is the published model with the paper's continual pre-training (section 2.1) and
+its extension of the context to 1M tokens in four stages. The other sizes have the same architecture in small, train
+from random weights, and fall from a constant learning rate as the paper does; their dimensions and stages are ours.
+
+| size | parameters | active, no embeddings | cost | result to expect |
+|---|---|---|---|---|
+| laptop | 6.4M | 1.8M | minutes on two CPU cores | validation loss far below the corpus' unigram entropy |
+| laptop_softmax | 6.4M (0.5% more) | 1.8M | the same | its loss is not ahead of laptop's at equal steps |
+| 1b | 1.3B | 0.13B | one 80 GB GPU, 20B tokens | ours, no published number |
+| 8b | 8.2B | 0.8B | eight 80 GB GPUs, 40B tokens | ours, no published number |
+| 456b | 456B | 45.9B | 512 chips of 95 GB; 7.5T tokens | after RL: AIME 2024 86.0, MRCR 1M 56.2 (80K budget) |
+
+laptop_softmax is the ablation: softmax attention in all eight layers, with five full heads of 32 instead of four
+grouped ones, so that a layer's attention has exactly a lightning layer's matrices.
+
+456b, what the paper gives: 7.5T tokens, 8e-5 for 2.5T then down to 8e-6 over 5T, 70% STEM, code, books and reasoning,
+a smaller auxiliary loss than Text-01, 32K to 1M tokens in four stages, AdamW with beta2 0.95 and epsilon 1e-15. What it
+leaves undisclosed, and ours here: the shape of the decay, batch sizes, shares within the 70%, the auxiliary coefficient
+(the released config.json's), the extension's lengths between 32K and 1M, its tokens, learning rate and mixtures, weight
+decay and clipping (Text-01's weight decay). The paper starts from Text-01's weights.
+
+Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
+stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in
+tokens); and tokenizer.json, the released model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with
+every Python installation.
+"""
+
+from ml_collections import ConfigDict
+
+from lightning_jax import recipes
+from lightning_jax.recipes import adamw, batch_size, blend, constant, stage, steps, wsd
+
+SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
+
+M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
+
+PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
+CORPORA = {name: f"{name}/*.jsonl.zst" for name in (*PRETRAINING, "long_32k_128k", "long_over_128k")}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return recipes.select(arg, SIZES, ("paper",), _config)
+
+
+def _config(size: str, recipe: str) -> ConfigDict:
+    laptop = size.startswith("laptop")
+    return recipes.run(
+        f"minimax_m1_{size}",
+        model=_model(size),
+        data=recipes.embedded() if laptop else _data(),
+        mesh=recipes.mesh(fsdp=-1, expert=32) if size == "456b" else recipes.mesh(fsdp=-1),
+        stages=STAGES[size](),
+        laptop=laptop,
+    )
+
+
+def _model(size: str) -> ConfigDict:
+    coefficient = 0.001 if size == "456b" else 0.01  # 0.01 is Text-01's
+    model = recipes.minimax(router_aux_coefficient=coefficient, **recipes.MINIMAX_SIZES[size.removesuffix("_softmax")])
+    if size.startswith("laptop"):
+        model.update(recipes.PRECISION_ON_CPU)
+    if size == "laptop_softmax":
+        model.update(layer_pattern=("softmax",), num_heads=5, num_kv_heads=5)
+    if size == "456b":
+        model.update(expert_dispatch="capacity")  # tokens over capacity are dropped; its factor is undisclosed, ours
+    return model
+
+
+def _data() -> ConfigDict:
+    return recipes.files_on_disk(
+        "data/minimax_m1", CORPORA, vocab_size=recipes.MINIMAX_VOCABULARY, bos="", eos="<end_of_document>"
+    )
+
+
+def _laptop_stages() -> dict[str, ConfigDict]:
+    batch, long_batch = 8 * 256, 8 * 512
+    return {
+        "pretraining": stage(
+            tokens=700 * batch,
+            context_length=256,
+            rope_theta=1e4,
+            mixture=recipes.EMBEDDED_MIXTURE,
+            batch_size=batch_size(batch),
+            optimizer=M1_ADAMW,
+            schedule=wsd(2e-3, 2e-4, warmup_steps=50, decay_steps=350),
+        ),
+        "context_extension": stage(
+            tokens=60 * long_batch,
+            context_length=512,
+            rope_theta=5e4,
+            mixture=recipes.EMBEDDED_MIXTURE,
+            batch_size=batch_size(long_batch),
+            optimizer=M1_ADAMW,
+            schedule=constant(2e-4),
+        ),
+    }
+
+
+def _scaled_stages(tokens: float, peak: float) -> dict[str, ConfigDict]:
+    """Pre-training on `tokens`, then a tenth as many at 32K: ours throughout."""
+    batch, micro = 2**20, 2**14
+    return {
+        "pretraining": stage(
+            tokens=tokens,
+            context_length=8192,
+            rope_theta=1e4,
+            mixture=PRETRAINING,
+            batch_size=batch_size(batch, micro_batch_tokens=micro),
+            optimizer=M1_ADAMW,
+            schedule=wsd(peak, peak / 10, warmup_steps=500, decay_steps=steps(tokens * 2 / 3, batch)),
+        ),
+        "context_32k": stage(
+            tokens=tokens / 10,
+            context_length=32 * 1024,
+            rope_theta=1e6,
+            mixture=blend((0.3, PRETRAINING), (0.7, {"long_32k_128k": 1.0})),
+            batch_size=batch_size(batch, micro_batch_tokens=micro),
+            optimizer=M1_ADAMW,
+            schedule=constant(peak / 10),
+        ),
+    }
+
+
+def _published_stages() -> dict[str, ConfigDict]:
+    batch = 128 * 2**20  # undisclosed; where Text-01's ramp ended
+    stages = {
+        "continual_pretraining": stage(
+            tokens=7.5e12,
+            context_length=8192,  # undisclosed; Text-01's
+            rope_theta=1e7,
+            mixture=PRETRAINING,
+            batch_size=batch_size(batch, micro_batch_tokens=8192),
+            optimizer=M1_ADAMW,
+            schedule=wsd(8e-5, 8e-6, warmup_steps=0, decay_steps=steps(5e12, batch)),  # linear: ours
+        )
+    }
+    extensions = {  # context length: tokens and shares up to 32K, to 128K and beyond; undisclosed, after Text-01's
+        32 * 1024: (300e9, (1.0, 0.0, 0.0)),
+        128 * 1024: (300e9, (0.3, 0.7, 0.0)),
+        512 * 1024: (32e9, (0.35, 0.35, 0.3)),
+        1024 * 1024: (26e9, (0.3, 0.3, 0.4)),
+    }
+    for context_length, (tokens, (short, medium, long)) in extensions.items():
+        stages[f"context_{context_length // 1024}k"] = stage(
+            tokens=tokens,
+            context_length=context_length,
+            rope_theta=1e7,
+            mixture=blend((short, PRETRAINING), (medium, {"long_32k_128k": 1.0}), (long, {"long_over_128k": 1.0})),
+            batch_size=batch_size(batch, micro_batch_tokens=context_length),
+            optimizer=M1_ADAMW,
+            schedule=constant(8e-6),
+        )
+    return stages
+
+
+STAGES = {
+    "laptop_softmax": _laptop_stages,
+    "laptop": _laptop_stages,
+    "1b": lambda: _scaled_stages(20e9, 6e-4),
+    "8b": lambda: _scaled_stages(40e9, 3e-4),
+    "456b": _published_stages,
+}

@@ -1,0 +1,173 @@
+"""SmolLM2 (arXiv 2502.02737): small Llamas on up to 11T tokens, with warmup-stable-decay.
+
+    python -m lightning_jax.train --config=configs/smollm2.py            # the largest size that fits
+    python -m lightning_jax.train --config=configs/smollm2.py:135m,seed  # a size and a recipe
+
+What follows the colon is a size (laptop, 135m, 360m, 1.7b), a recipe (paper, seed), or both with a comma between.
+
+| size | parameters | cost | result to expect |
+|---|---|---|---|
+| laptop | 3.1M | minutes on two CPU cores | validation loss far below the corpus' unigram entropy |
+| 135m | 134,515,008 | 64 H100, 2.1T tokens | no number quoted here |
+| 360m | 361,821,120 | 128 H100, 4.1T tokens | no number quoted here |
+| 1.7b | 1,711,376,384 | 256 H100, 11T tokens | HellaSwag 68.7, ARC 60.5, PIQA 77.6, GSM8K 31.1, MATH 11.6 |
+
+paper (sections 4 and 6, and the released training configs). AdamW (0.9, 0.95), weight decay 0.01, 2,000 steps of
+warm-up, linear decay to 0 over the last 20% of the steps (135m, 360m) or 10% (1.7b, from step 4,716,000 of 5,240,000,
+which is shortly before its fourth stage); batches of 2^20, 1.5 x 2^20 and 2^21 tokens. 1.7b has four stages with more
+code and math in each; its context grows from 2K to 8K on the last 75B tokens, in a branch: stage context_8k stands for
+stage_4_end, which --config.run_stages=stage_1,stage_2,stage_3,stage_4,stage_4_end takes instead. Undisclosed, and ours
+here: the shares within the math of stages 3 and 4, within the web of stage 4 and within the small models' corpora, and
+the learning rate of the branch, which goes on with the decay.
+
+seed. A widely read summary of the recipe has instead beta2 0.999, batches of 2M tokens and a decay over the last 10%
+for every size, and math and code in the small models' decay; 1.7b's four stages keep their mixtures.
+
+Data of 135m, 360m and 1.7b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/smollm2/
+fineweb_edu, dclm, starcoderdata, stack_edu, jupyter, infimm_webmath, owm, infiwebmath_3plus, finemath, finemath_4plus,
+aug_gsm8k, cosmopedia_v2, dolma_books, as far as the size names them, dclm_long and fineweb_edu_long (documents of 8K
+tokens and more); and tokenizer.json, SmolLM2's. laptop needs none: its corpora, "text" and "code" at 7:3, come with
+every Python installation.
+"""
+
+from ml_collections import ConfigDict
+
+from lightning_jax import recipes
+from lightning_jax.recipes import adamw, batch_size, blend, stage, steps, wsd
+
+SIZES = ("laptop", "135m", "360m", "1.7b")  # from the smallest up
+RECIPES = ("paper", "seed")
+
+Mixture = dict[str, float]
+
+ADAMW = {"paper": adamw(beta2=0.95, weight_decay=0.01), "seed": adamw(beta2=0.999, weight_decay=0.01)}
+
+STAGE_1 = {"fineweb_edu": 0.54, "dclm": 0.36, "starcoderdata": 0.1}
+STAGE_2 = {"fineweb_edu": 0.45, "dclm": 0.3, "starcoderdata": 0.2, "owm": 0.05}
+STAGE_3 = {
+    "fineweb_edu": 0.296,
+    "dclm": 0.444,
+    "stack_edu": 0.14,
+    "jupyter": 0.02,
+    "infimm_webmath": 0.07,
+    "owm": 0.03,
+}
+STAGE_4 = {
+    "fineweb_edu": 0.232,
+    "dclm": 0.348,
+    "stack_edu": 0.24,
+    "infiwebmath_3plus": 0.0695,
+    "finemath_4plus": 0.0695,
+    "owm": 0.0008,
+    "aug_gsm8k": 0.0002,
+    "cosmopedia_v2": 0.04,
+}
+LONG = {"dclm_long": 0.25, "fineweb_edu_long": 0.25, "dolma_books": 0.5}
+SMALL_STABLE = {"dclm": 0.95, "cosmopedia_v2": 0.05}  # the seed's, before math and code come
+SMALL = {"dclm": 0.74, "stack_edu": 0.12, "infimm_webmath": 0.06, "finemath": 0.04, "cosmopedia_v2": 0.04}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return recipes.select(arg, SIZES, RECIPES, _config)
+
+
+def _config(size: str, recipe: str) -> ConfigDict:
+    stages = _stages(size, recipe)
+    corpora = sorted({corpus for each in stages.values() for corpus in each.mixture.end})
+    files = {name: f"{name}/*.jsonl.zst" for name in corpora}
+    config = recipes.run(
+        f"smollm2_{size}" + ("_seed" if recipe == "seed" else ""),
+        model=_model(size),
+        data=recipes.embedded()
+        if size == "laptop"
+        else recipes.files_on_disk("data/smollm2", files, vocab_size=49_152, bos="", eos="<|endoftext|>"),
+        mesh=recipes.mesh(fsdp=-1),
+        stages=stages,
+        laptop=size == "laptop",
+    )
+    config.run_stages = tuple(name for name in stages if name != "stage_4_end")
+    return config
+
+
+def _model(size: str) -> ConfigDict:
+    dimensions, deviation = {
+        "laptop": (recipes.LLAMA_LAPTOP, 0.05),
+        "135m": (_dimensions(hidden_size=576, num_layers=30, heads=(9, 3), intermediate_size=1536), 0.041667),
+        "360m": (_dimensions(hidden_size=960, num_layers=32, heads=(15, 5), intermediate_size=2560), 0.03227),
+        "1.7b": (_dimensions(hidden_size=2048, num_layers=24, heads=(32, 32), intermediate_size=8192), 0.02),
+    }[size]
+    model = recipes.llama(tie_embeddings=True, initializer="normal", initializer_range=deviation, **dimensions)
+    if size == "laptop":
+        model.update(recipes.PRECISION_ON_CPU)
+    return model
+
+
+def _dimensions(*, hidden_size: int, num_layers: int, heads: tuple[int, int], intermediate_size: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": 64,
+        "intermediate_size": intermediate_size,
+        "vocab_size": 49_152,
+    }
+
+
+def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:
+    """One schedule over all steps, cut where stages meet."""
+    rows, micro_rows, context_length, peak, warmup_steps = {
+        "laptop": (8, 8, 256, 2e-3, 30),
+        "135m": (512, 8, 2048, 3e-3, 2000),
+        "360m": (768, 6, 2048, 3e-3, 2000),
+        "1.7b": (1024, 4, 2048, 5e-4, 2000),
+    }[size]
+    if recipe == "seed" and size in ("135m", "360m"):
+        rows = 1024
+    batch = rows * context_length
+    decay_steps, parts = _parts(size, recipe, batch)
+    total_steps = max(end for _, end, _ in parts.values())
+
+    def rate(step: int) -> float:
+        return peak * min(1.0, (total_steps - step) / decay_steps)
+
+    stages = {}
+    for name, (start, end, mixture) in parts.items():
+        extends = name == "context_8k"
+        stages[name] = stage(
+            tokens=(end - start) * batch,
+            context_length=8192 if extends else context_length,
+            rope_theta=1.3e5 if extends else 1e4,
+            mixture=mixture,
+            batch_size=batch_size(batch, micro_batch_tokens=micro_rows * context_length),
+            optimizer=ADAMW[recipe],
+            schedule=wsd(
+                rate(start),
+                rate(end),
+                warmup_steps=0 if start else warmup_steps,
+                decay_steps=max(0, end - max(start, total_steps - decay_steps)),
+            ),
+        )
+    return stages
+
+
+def _parts(size: str, recipe: str, batch: int) -> tuple[int, dict[str, tuple[int, int, Mixture]]]:
+    """(steps of the decay, name -> first step, last step and mixture of each stage)."""
+    if size == "1.7b":
+        end, branch = 5_240_000, 5_240_000 - steps(75e9, batch)
+        ends = [steps(tokens, batch) for tokens in (6e12, 8e12, 10e12)]
+        return 524_000, {
+            "stage_1": (0, ends[0], STAGE_1),
+            "stage_2": (ends[0], ends[1], STAGE_2),
+            "stage_3": (ends[1], ends[2], STAGE_3),
+            "stage_4": (ends[2], branch, STAGE_4),
+            "stage_4_end": (branch, end, STAGE_4),
+            "context_8k": (branch, end, blend((0.6, STAGE_4), (0.4, LONG))),
+        }
+    if recipe == "paper":
+        total = {"laptop": 600, "135m": 2_000_000, "360m": 2_600_000}[size]
+        return total // 5, {"pretraining": (0, total, recipes.EMBEDDED_MIXTURE if size == "laptop" else SMALL)}
+    total = 600 if size == "laptop" else steps({"135m": 2e12, "360m": 4e12}[size], batch)
+    stable, decay = ({"text": 1.0}, recipes.EMBEDDED_MIXTURE) if size == "laptop" else (SMALL_STABLE, SMALL)
+    decay_steps = total // 10
+    return decay_steps, {"stable": (0, total - decay_steps, stable), "decay": (total - decay_steps, total, decay)}

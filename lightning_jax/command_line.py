@@ -1,0 +1,47 @@
+"""What the commands share: reading `--config` with its overrides, and one clear line for a user's mistake."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from lightning_jax.config import ConfigError, RunConfig, load_config, nearest_name
+from lightning_jax.errors import UserError
+
+USAGE_ERROR = 2
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace, RunConfig], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Reads the arguments, loads the config, runs `command` and returns the exit code.
+
+    Whatever is the user's to mend is told on standard error without a traceback.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE.py[:SIZE]", help="a file that defines get_config")
+    parser.epilog = "--config.SECTION.FIELD=VALUE overrides any field of the config."
+    known, rest = parser.parse_known_args(arguments)
+    flags = [option for action in parser._actions for option in action.option_strings]
+    overrides = [argument for argument in rest if argument.startswith("--config.")]
+    problems = [
+        f"{argument}: unknown argument; {nearest_name(argument, flags)}"
+        for argument in rest
+        if argument not in overrides
+    ]
+    try:
+        config = load_config(known.config, [override.removeprefix("--config.") for override in overrides])
+    except ConfigError as error:
+        problems.extend(error.problems)
+    if problems:
+        return _tell(problems)
+    try:
+        return command(known, config)
+    except UserError as error:
+        return _tell(str(error).splitlines())
+
+
+def _tell(problems: Sequence[str]) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return USAGE_ERROR

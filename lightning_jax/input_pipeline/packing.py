@@ -1,0 +1,277 @@
+"""Documents laid into rows of fixed length, each row computable from its number alone.
+
+Two layouts:
+  SplitRows    concatenate all documents, then cut: no padding, documents cut wherever a row ends.
+  BestFitRows  best-fit-decreasing bin packing: documents stay whole where they fit a row; a little padding.
+               Source: "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830) section 3.
+
+In both, every (input, target) pair of neighbouring tokens of every document stands in exactly one row, exactly once.
+
+Shapes: R rows, T tokens of a row (the context length), P pieces of documents in those rows.
+"""
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lightning_jax.input_pipeline.errors import DataError
+from lightning_jax.input_pipeline.shuffle import fold_key
+
+Batch = dict[str, np.ndarray]
+"""Arrays [R, T]: `inputs`, `targets` int32; `segment_ids` int32, pieces of a row numbered 1, 2, ..., 0 for padding;
+`positions` int32, from 0 in each piece; `loss_mask` bool, whether the target continues the input's document. Targets
+outside the mask, and all padding, are 0."""
+
+
+class PackingError(DataError):
+    """A store that cannot be packed; the message is one line."""
+
+
+class Documents(Protocol):
+    """What packing needs of a token store."""
+
+    folder: Path
+    tokens: np.ndarray  # integers [num_tokens]
+    offsets: np.ndarray  # int64 [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]]
+
+    @property
+    def fingerprint(self) -> str: ...  # of the content
+
+
+class Pieces(NamedTuple):
+    """Parts of documents that fill rows from the left, in order."""
+
+    per_row: np.ndarray  # int64 [R], at least 1 each
+    start: np.ndarray  # int64 [P], the piece's first token in the store
+    length: np.ndarray  # int64 [P], its inputs
+    document_end: np.ndarray  # int64 [P], the token in the store after the last one that may be a target
+
+
+class PackedRows(ABC):
+    """Rows of `context_length` tokens over one store, numbered from 0; safe to share between threads.
+
+    Raises:
+      PackingError: the store holds no document of two tokens or more.
+    """
+
+    def __init__(self, store: Documents, context_length: int):
+        if not np.any(np.diff(store.offsets) > 1):
+            raise PackingError(
+                f"{store.folder}: no document has two tokens or more, so there is nothing to predict; "
+                "give this corpus documents or leave it out of the mixture"
+            )
+        self._tokens = store.tokens
+        self._offsets = store.offsets
+        self.context_length = context_length
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows in one pass over the documents."""
+
+    @abstractmethod
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        """What the given rows, int64 [R], are made of."""
+
+    def __getitem__(self, row: int) -> Batch:
+        """One row: arrays [T]."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"no row {row}; there are {len(self):,}")
+        return {name: array[0] for name, array in self.take(np.array([row])).items()}
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The given rows, int64 [R], as a batch [R, T]."""
+        pieces = self.pieces(np.asarray(rows, np.int64))
+        first_piece_R = np.cumsum(pieces.per_row) - pieces.per_row
+        before_P = np.cumsum(pieces.length) - pieces.length
+        row_P = np.repeat(np.arange(len(rows)), pieces.per_row)
+        slot_P = row_P * self.context_length + before_P - before_P[first_piece_R][row_P]
+
+        # From here on one entry per input token.
+        position = _counting(pieces.length)
+        token = np.repeat(pieces.start, pieces.length) + position
+        has_target = token + 1 < np.repeat(pieces.document_end, pieces.length)
+        values = {
+            "inputs": self._tokens[token],
+            "targets": np.where(has_target, self._tokens[token + has_target], 0),
+            "segment_ids": np.repeat(_counting(pieces.per_row) + 1, pieces.length),
+            "positions": position,
+            "loss_mask": has_target,
+        }
+        slot = np.repeat(slot_P, pieces.length) + position
+        batch = {}
+        for name, value in values.items():
+            array = np.zeros(len(rows) * self.context_length, bool if name == "loss_mask" else np.int32)
+            array[slot] = value
+            batch[name] = array.reshape(len(rows), self.context_length)
+        return batch
+
+
+class SplitRows(PackedRows):
+    """Concatenate, then cut: row i has the inputs tokens[i·T : (i+1)·T] and their targets, one token later.
+
+    A document's last token is an input too, with no target. Only the last row may have padding.
+    """
+
+    def __len__(self) -> int:
+        return -((1 - int(self._offsets[-1])) // self.context_length)
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        row_start = rows * self.context_length
+        row_end = np.minimum(row_start + self.context_length, self._offsets[-1])
+        first = np.searchsorted(self._offsets, row_start, side="right") - 1
+        per_row = np.searchsorted(self._offsets, row_end, side="left") - first
+        row = np.repeat(np.arange(len(rows)), per_row)
+        document = first[row] + _counting(per_row)
+        document_end = self._offsets[document + 1]
+        start = np.maximum(self._offsets[document], row_start[row])
+        length = np.minimum(document_end, row_end[row]) - start
+        kept = length > 0  # empty documents between others
+        per_row = np.bincount(row[kept], minlength=len(rows))
+        return Pieces(per_row, start[kept], length[kept], document_end[kept])
+
+
+class BestFitRows(PackedRows):
+    """Documents whole where they fit, by best-fit-decreasing bin packing; the packing is kept in the store's folder.
+
+    A document of n tokens is n - 1 inputs: its last token is only a target. One with more than T inputs is cut into
+    pieces of T, rows of their own, and a rest that is packed like a document. Documents are packed in windows of
+    `window` documents, which bounds memory and the distance in the store between documents that share a row.
+    """
+
+    window = 2**18
+
+    def __init__(self, store: Documents, context_length: int):
+        super().__init__(store, context_length)
+        key = fold_key("best_fit", 1, store.fingerprint, context_length, self.window)
+        folder = Path(store.folder) / f"best_fit_{context_length}_{key:016x}"
+        if not folder.exists():
+            _write_index(folder, _pack_windows(store.offsets, context_length, self.window))
+        self._start, self._length, self._row_end = (_map_index(folder, name) for name in _INDEX_FILES)
+
+    def __len__(self) -> int:
+        return len(self._row_end)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that is not padding."""
+        return float(np.sum(self._length, dtype=np.int64)) / (len(self) * self.context_length)
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        first = np.where(rows > 0, self._row_end[rows - 1], 0)
+        per_row = self._row_end[rows] - first
+        piece = np.repeat(first, per_row) + _counting(per_row)
+        start, length = self._start[piece], self._length[piece].astype(np.int64)
+        return Pieces(per_row, start, length, start + length + 1)
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Bin packing: each item, longest first, goes into the fullest row that still has room for it.
+
+    Equal lengths are placed together, so the cost grows with the number of distinct (length, free space) pairs met
+    rather than with the number of items.
+
+    Args:
+      lengths: int [n], each from 1 to capacity.
+      capacity: tokens of a row.
+
+    Returns:
+      int64 [n], each item's row; rows are numbered 0, 1, ... without gaps.
+    """
+    row_of_item = np.empty(len(lengths), np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    group_starts = np.flatnonzero(np.diff(lengths[order], prepend=0))
+    rows_with_free: list[list[int]] = [[] for _ in range(capacity + 1)]
+    some_row_has_free = 0  # a set of free spaces as the bits of one integer
+    num_rows = 0
+    for items in np.split(order, group_starts[1:]):
+        while len(items):
+            length = int(lengths[items[0]])
+            fitting = some_row_has_free >> length
+            free = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            per_row = free // length
+            needed = -(len(items) // -per_row)
+            available = rows_with_free[free]
+            if not fitting:
+                available.extend(range(num_rows, num_rows + needed))
+                num_rows += needed
+            rows = available[-needed:]
+            del available[-len(rows) :]
+            placed, items = np.split(items, [len(rows) * per_row])
+            row_of_item[placed] = np.repeat(rows, per_row)[: len(placed)]
+            in_last_row = len(placed) - (len(rows) - 1) * per_row
+            rows_with_free[free - per_row * length].extend(rows[:-1])
+            rows_with_free[free - in_last_row * length].append(rows[-1])
+            for space in (free, free - per_row * length, free - in_last_row * length):
+                present = bool(rows_with_free[space]) << space
+                some_row_has_free = some_row_has_free & ~(1 << space) | present
+    return row_of_item
+
+
+_INDEX_FILES = {"start": np.dtype("<i8"), "length": np.dtype("<i4"), "row_end": np.dtype("<i8")}
+
+
+def _pack_windows(offsets: np.ndarray, context_length: int, window: int) -> Iterator[dict[str, np.ndarray]]:
+    """Per window: its pieces' `start` and `length` [P], row after row, and `row_end` [R], the number of the piece that
+    follows each row."""
+    num_pieces = 0
+    for first in range(0, len(offsets) - 1, window):
+        document_start = offsets[first : first + window + 1]
+        inputs = np.maximum(np.diff(document_start) - 1, 0)
+        whole_rows, rest = np.divmod(inputs, context_length)
+        packed = np.flatnonzero(rest)
+        row_of_rest = best_fit_decreasing(rest[packed], context_length)
+        by_row = np.argsort(row_of_rest, kind="stable")
+        packed = packed[by_row]
+        cut = np.repeat(np.arange(len(inputs)), whole_rows)
+        start = np.concatenate(
+            [
+                document_start[cut] + _counting(whole_rows) * context_length,
+                document_start[packed] + whole_rows[packed] * context_length,
+            ]
+        )
+        length = np.concatenate([np.full(len(cut), context_length), rest[packed]])
+        row_end = np.cumsum(np.concatenate([np.ones(len(cut), np.int64), np.bincount(row_of_rest)]))
+        yield {"start": start, "length": length, "row_end": num_pieces + row_end}
+        num_pieces += len(start)
+
+
+def _write_index(folder: Path, windows: Iterator[dict[str, np.ndarray]]) -> None:
+    """Writes the packing beside `folder`, then gives it its name: a killed writer leaves nothing behind."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise PackingError(
+            f"{folder.parent}: cannot keep its best-fit packing here: {error.strerror}; "
+            "copy the store to where you may write, or use packing='split'"
+        ) from None
+    files = {name: (partial / name).open("wb") for name in _INDEX_FILES}
+    for window in windows:
+        for name, dtype in _INDEX_FILES.items():
+            files[name].write(np.ascontiguousarray(window[name], dtype).data)
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process of the same run finished the same packing first.
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
+
+
+def _map_index(folder: Path, name: str) -> np.ndarray:
+    return np.memmap(folder / name, _INDEX_FILES[name], mode="r").view(np.ndarray)
+
+
+def _counting(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ..., count - 1 for each count, one after the other."""
+    return np.arange(np.sum(counts)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,0 +1,313 @@
+"""The report's plots, as SVG that takes its text colour from the page."""
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_jax.metrics.console import SmoothedLoss
+from lightning_jax.metrics.formatting import scientific
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+
+_INK = "#010203"  # stands for the page's text colour, which the page alone knows
+_COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#84cc16")
+_POINTS = 1500  # most points of a curve, and
+_COLUMNS = 300  # most columns of a heat map: more would only make the file larger
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading and a sentence that says how to read it."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops_convention: str) -> list[Plot]:
+    """All plots for which the records hold something, in the order of the report.
+
+    Args:
+      records: of metrics.jsonl.
+      unigram_entropy: nats per token by corpus, drawn as reference lines.
+      flops_convention: name of the FLOPs count behind the MFU.
+    """
+    makers: Iterable[Callable[[], Plot | None]] = (
+        lambda: _loss(records, unigram_entropy),
+        lambda: _learning_rate(records),
+        lambda: _gradient_norm(records),
+        lambda: _batch(records),
+        lambda: _throughput(records, flops_convention),
+        lambda: _expert_load(records),
+        lambda: _balance(records),
+    )
+    return [plot for make in makers if (plot := make()) is not None]
+
+
+def validation_corpora(records: Sequence[Record]) -> list[str]:
+    """Corpora that the records have a validation loss of, in alphabetical order."""
+    return sorted({corpus for record in records for corpus in record.get("validation_loss", {})})
+
+
+def validation_curve(records: Sequence[Record], corpus: str) -> list[tuple[int, float]]:
+    """Steps and validation losses of one corpus."""
+    return [(r["step"], r["validation_loss"][corpus]) for r in records if corpus in r.get("validation_loss", {})]
+
+
+def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Plot | None:
+    steps, losses = _series(records, "loss")
+    smoothed_loss = SmoothedLoss()
+    smoothed = np.array([smoothed_loss.update(loss) for loss in losses])
+    corpora = validation_corpora(records)
+    if not np.isfinite(losses).any() and not corpora:
+        return None
+
+    def draw(axes: "Axes") -> None:
+        seen = [smoothed]
+        if steps.size:
+            kept = _peaks(losses)
+            axes.plot(steps[kept], losses[kept], color=_COLORS[0], alpha=0.3, linewidth=0.8)
+            axes.plot(steps, smoothed, color=_COLORS[0], label="training, smoothed")
+        for index, corpus in enumerate(corpora):
+            color = _COLORS[1 + index % (len(_COLORS) - 1)]
+            at, values = np.array(validation_curve(records, corpus), dtype=float).T
+            axes.plot(at, values, "o-", color=color, markersize=3, label=f"validation, {corpus}")
+            seen.append(values)
+        for corpus, entropy in sorted(unigram_entropy.items()):
+            color = _COLORS[1 + corpora.index(corpus) % (len(_COLORS) - 1)] if corpus in corpora else _INK
+            axes.axhline(entropy, color=color, linestyle="--", linewidth=0.9, label=f"unigram entropy, {corpus}")
+            seen.append(np.array([entropy]))
+        # One spike of the raw loss must not flatten everything else: it may leave the picture.
+        finite = np.concatenate(seen)
+        finite = finite[np.isfinite(finite)]
+        if finite.size:
+            margin = 0.05 * (np.ptp(finite) or 1.0)
+            axes.set_ylim(finite.min() - margin, finite.max() + margin)
+        axes.set_ylabel("nats per token")
+        axes.legend()
+
+    return Plot(
+        "Loss",
+        "The faint line is the loss of each logged step. "
+        "A model that only knows how often each token occurs would stay at the unigram entropy.",
+        _figure("Loss", records, [draw], height=3.6),
+    )
+
+
+def _learning_rate(records: Sequence[Record]) -> Plot | None:
+    return _curve(records, "learning_rate", "Learning rate", "At each logged step.")
+
+
+def _gradient_norm(records: Sequence[Record]) -> Plot | None:
+    caption = "Global norm before clipping; spikes are kept when points are thinned out."
+    return _curve(records, "gradient_norm", "Gradient norm", caption, logarithmic=True)
+
+
+def _curve(records: Sequence[Record], name: str, title: str, caption: str, logarithmic: bool = False) -> Plot | None:
+    steps, values = _series(records, name)
+    if not np.isfinite(values).any():
+        return None
+
+    def draw(axes: "Axes") -> None:
+        kept = _peaks(values)
+        axes.plot(steps[kept], values[kept], color=_COLORS[0], linewidth=1.0)
+        if logarithmic and (values > 0).any():
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter("")
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: scientific(value))
+
+    return Plot(title, caption, _figure(title, records, [draw]))
+
+
+def _batch(records: Sequence[Record]) -> Plot | None:
+    drawn = []
+    for name, unit in (("batch_tokens", "tokens per batch"), ("context_length", "context length")):
+        steps, values = _series(records, name)
+        if not np.isfinite(values).any():
+            continue
+
+        def draw(axes: "Axes", steps: np.ndarray = steps, values: np.ndarray = values, unit: str = unit) -> None:
+            axes.step(steps, values, where="post", color=_COLORS[0])
+            axes.set_ylim(0, 1.15 * np.nanmax(values))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.set_ylabel(unit)
+
+        drawn.append(draw)
+    if not drawn:
+        return None
+    title = "Batch size and context"
+    return Plot(title, "As the stages set them.", _figure(title, records, drawn, height=1.9 * len(drawn)))
+
+
+def _throughput(records: Sequence[Record], flops_convention: str) -> Plot | None:
+    timings = [{"step": record["step"], **record.get("timing", {})} for record in records]
+    steps, rates = _series(timings, "tokens_per_second")
+    if not np.isfinite(rates).any():
+        return None
+    mfu_steps, utilisation = _series(timings, "mfu")
+
+    def draw(axes: "Axes") -> None:
+        axes.plot(steps, rates, color=_COLORS[0], linewidth=0.9, label="tokens per second")
+        axes.set_ylim(0, 1.15 * np.nanmax(rates))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_ylabel("tokens per second")
+
+    def draw_utilisation(axes: "Axes") -> None:
+        axes.plot(mfu_steps, 100 * utilisation, color=_COLORS[2], linewidth=0.9)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"MFU, % ({flops_convention})")
+
+    known = np.isfinite(utilisation).any()
+    caption = "Training steps alone: evaluation, checkpoints and compilation are left out."
+    caption += "" if known else " MFU: n/a, the peak of this device is not known."
+    drawn = [draw, draw_utilisation] if known else [draw]
+    return Plot("Throughput", caption, _figure("Throughput", records, drawn, height=1.2 + 1.4 * len(drawn)))
+
+
+def _expert_load(records: Sequence[Record]) -> Plot | None:
+    steps, load_SLE = _loads(records)
+    if not steps.size:
+        return None
+    _, layers, experts = load_SLE.shape
+    bins = np.array_split(np.arange(len(steps)), min(_COLUMNS, len(steps)))
+    load_SR = np.stack([load_SLE[group].mean(axis=0).reshape(-1) for group in bins])
+
+    def draw(axes: "Axes") -> None:
+        extent = (steps[0], max(steps[-1], steps[0] + 1), layers - 0.5, -0.5)
+        image = axes.imshow(
+            load_SR.T, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=extent
+        )
+        for border in np.arange(layers - 1) + 0.5:
+            axes.axhline(border, color="white", linewidth=0.6)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel("layer")
+        axes.grid(False)
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.01, extend="max")
+        bar.set_label("load / even share")
+        bar.outline.set_visible(False)
+
+    caption = (
+        f"Each layer's band has one row per expert ({experts}, the first on top). The colour is the number of "
+        "tokens it gets relative to an even share, from 0 (idle) to 2 and more (twice its share)."
+    )
+    height = min(6.0, max(2.4, 0.08 * layers * experts))
+    return Plot("Expert load", caption, _figure("Expert load", records, [draw], height=height))
+
+
+def _balance(records: Sequence[Record]) -> Plot | None:
+    steps, load_SLE = _loads(records)
+    if not steps.size:
+        return None
+    busiest_SL, idlest_SL = load_SLE.max(axis=2), load_SLE.min(axis=2)
+    dropped_steps, dropped = _series(records, "dropped_fraction")
+
+    def draw(axes: "Axes") -> None:
+        worst = busiest_SL.max(axis=1)
+        kept = _peaks(worst)
+        axes.plot(steps[kept], worst[kept], color=_COLORS[4], linewidth=0.9, label="busiest, worst layer")
+        axes.plot(steps, busiest_SL.mean(axis=1), color=_COLORS[1], linewidth=0.9, label="busiest, mean over layers")
+        axes.plot(steps, idlest_SL.mean(axis=1), color=_COLORS[0], linewidth=0.9, label="idlest, mean over layers")
+        axes.axhline(1.0, color=_INK, linestyle="--", linewidth=0.8)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("load / even share")
+        axes.legend()
+
+    def draw_dropped(axes: "Axes") -> None:
+        axes.plot(dropped_steps, 100 * dropped, color=_COLORS[3], linewidth=0.9)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("dropped, %")
+
+    drawn = [draw, draw_dropped] if np.isfinite(dropped).any() else [draw]
+    caption = "Busiest and idlest expert of a layer; 1 is perfect balance." + (
+        " Below, the share of routed tokens that found no room." if len(drawn) == 2 else ""
+    )
+    return Plot("Expert balance", caption, _figure("Expert balance", records, drawn, height=1.2 + 1.4 * len(drawn)))
+
+
+def _figure(
+    name: str, records: Sequence[Record], draws: Sequence[Callable[["Axes"], None]], height: float = 2.6
+) -> str:
+    """Draws panels that share their steps, one below the other, with the borders of the stages."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,  # figures share the page: their identifiers must differ, and be the same every time
+        "text.parse_math": False,  # names of corpora may hold a dollar sign
+        "font.size": 9,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.15,
+        "grid.linewidth": 0.8,
+        "axes.linewidth": 0.6,
+        "lines.linewidth": 1.4,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
+        **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK),
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(9.0, height), layout="constrained")
+        panels = figure.subplots(len(draws), 1, sharex=True, squeeze=False)[:, 0]
+        for draw, axes in zip(draws, panels, strict=True):
+            draw(axes)
+            _mark_stages(axes, records)
+            axes.margins(x=0.01)
+        panels[-1].set_xlabel("step")
+        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.align_ylabels()
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = drawing.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure, and nothing refers to them
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', svg)[0]
+    return f'<svg {size} role="img" aria-label="{name}"' + svg[svg.index(">") :]
+
+
+def _mark_stages(axes: "Axes", records: Sequence[Record]) -> None:
+    stages = [(record["step"], record["stage"]) for record in records if "stage" in record]
+    for (_, before), (step, stage) in itertools.pairwise(stages):
+        if stage != before:
+            axes.axvline(step, color=_INK, linewidth=0.7, linestyle=":")
+            axes.text(step, 1.01, stage, transform=axes.get_xaxis_transform(), fontsize=7)
+
+
+def _series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric; what is None becomes NaN."""
+    points = [(record["step"], record[name]) for record in records if name in record]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _loads(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps S and expert loads [S, L, E] of the records that have them in the newest one's shape."""
+    pairs = [(r["step"], np.array(r["expert_load"], dtype=float)) for r in records if "expert_load" in r]
+    pairs = [(step, load) for step, load in pairs if load.ndim == 2 and load.shape == pairs[-1][1].shape]
+    if not pairs:
+        return np.zeros(0), np.zeros((0, 0, 0))
+    return np.array([step for step, _ in pairs], dtype=float), np.stack([load for _, load in pairs])
+
+
+def _peaks(values: np.ndarray) -> np.ndarray:
+    """Indices of at most _POINTS values that keep every stretch's highest and lowest, so that no spike is lost."""
+    if len(values) <= _POINTS:
+        return np.arange(len(values))
+    kept = []
+    for group in np.array_split(np.arange(len(values)), _POINTS // 2):
+        known = group[np.isfinite(values[group])]
+        kept += [known[values[known].argmin()], known[values[known].argmax()]] if known.size else [group[0]]
+    return np.unique(kept)

@@ -1,0 +1,53 @@
+"""The pieces every layer is made of: parameters with logical axes, RMSNorm, the dense SwiGLU feed-forward.
+
+Sources: RMSNorm (arXiv 1910.07467); SwiGLU (arXiv 2002.05202) equation 6.
+
+Shapes: B batch, T sequence, D model dim, F feed-forward dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lightning_jax.models import initializers
+from lightning_jax.models.config import ModelConfig
+from lightning_jax.models.operators import LogicalAxes
+
+
+def weight_matrix(
+    config: ModelConfig, role: initializers.Role, shape: tuple[int, int], logical_axes: LogicalAxes, *, rngs: nnx.Rngs
+) -> nnx.Param:
+    """A weight [inputs, outputs] in the config's param_dtype, started by its role."""
+    initialize = initializers.weight(config, role, *shape)
+    return nnx.Param(initialize(rngs.params(), shape, config.param_dtype), logical_axes=logical_axes)
+
+
+def project(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x @ weight in the dtype of x."""
+    return x @ weight[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in at least fp32, cast to the dtype of x, then times the weight."""
+
+    def __init__(self, size: int, eps: float, logical_axis: str | None, *, param_dtype: str):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(size, param_dtype), logical_axes=(logical_axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """W_down (silu(W_gate x) * W_up x), no biases."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = weight_matrix(config, "feed_forward_in", (D, F), ("embed", "mlp"), rngs=rngs)
+        self.up = weight_matrix(config, "feed_forward_in", (D, F), ("embed", "mlp"), rngs=rngs)
+        self.down = weight_matrix(config, "feed_forward_out", (F, D), ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return project(jax.nn.silu(project(x_BTD, self.gate)) * project(x_BTD, self.up), self.down)

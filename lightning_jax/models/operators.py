@@ -1,0 +1,59 @@
+"""The operators through which a layout across devices may change how, never what, a layer computes.
+
+Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+
+from lightning_jax.models.config import ModelConfig
+from lightning_jax.models.experts import experts
+from lightning_jax.models.softmax_attention import softmax_attention
+from pallas_kernels import lightning_attention
+
+LogicalAxes = tuple[str | None, ...]
+
+
+def unconstrained(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
+    """Leaves the placement of an activation to the compiler."""
+    return x
+
+
+def sum_over_rows(function: Callable[..., jax.Array], weights_DV: jax.Array, *rows: jax.Array) -> jax.Array:
+    """function(weights, *rows), a sum over the rows of a batch."""
+    return function(weights_DV, *rows)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What a parallel layout may replace; None is the computation on one device, as the model's config chooses it.
+
+    Attributes:
+        lightning_attention: (q_BTHK, k_BTHK, v_BTHK, log_decay_H, *, segment_ids) -> o_BTHK.
+        softmax_attention: (q_BTHK, k_BTGK, v_BTGK, *, segment_ids_BT) -> o_BTHK, causal, scaled by 1/sqrt(K).
+        experts: (x_BTD, expert_BTk, weight_BTk, ExpertWeights, *, mask_BT) -> (y_BTD, assignments dropped).
+        sum_over_rows: (function, weights_DV, *rows) -> function(weights_DV, *rows), where function is a sum over rows:
+            each device may sum its own.
+        constrain: (activation, logical axes) -> the same activation, placed.
+    """
+
+    lightning_attention: Callable[..., jax.Array] | None = None
+    softmax_attention: Callable[..., jax.Array] | None = None
+    experts: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    sum_over_rows: Callable[..., jax.Array] = sum_over_rows
+    constrain: Callable[[jax.Array, LogicalAxes], jax.Array] = unconstrained
+
+
+# Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
+@functools.cache
+def complete(operators: Operators, config: ModelConfig) -> Operators:
+    """The operators with every one left open filled in as the config chooses."""
+    local = {
+        "lightning_attention": functools.partial(lightning_attention, implementation=config.lightning_implementation),
+        "softmax_attention": functools.partial(softmax_attention, implementation=config.attention_implementation),
+        "experts": functools.partial(experts, dispatch=config.expert_dispatch, capacity_factor=config.capacity_factor),
+    }
+    return replace(operators, **{name: call for name, call in local.items() if getattr(operators, name) is None})

@@ -1,0 +1,89 @@
+"""Cross-entropy of a large vocabulary, a chunk of each sequence at a time: logits [B, T, V] never exist.
+
+The gradient is taken in the same pass as the loss, while a chunk's logits exist, so that they are computed once: three
+products of [B, C, D] and [D, V] for forward and backward instead of four.
+
+Source: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009) for the problem; the chunking is along T
+because the batch is what devices share.
+
+Shapes: B batch, T sequence, C chunk, N chunks, D model dim, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy_sum(
+    hidden_BTD: jax.Array,
+    weights_DV: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    chunk: int,
+    logits_dtype: str,
+) -> jax.Array:
+    """The sum over unmasked tokens of -log softmax(hidden @ weights)[target], in nats; a scalar in at least fp32.
+
+    Args:
+        hidden_BTD: vectors before the head, any float dtype.
+        weights_DV: the head, any float dtype.
+        targets_BT: token ids; those that are masked may be anything.
+        mask_BT: bool, which tokens count.
+        chunk: tokens of each sequence whose logits exist at one time; the last chunk may be shorter.
+        logits_dtype: of the product with the head and its gradients' products; float32 means full fp32 on every device.
+    """
+    return _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, with_gradients=False)[0]
+
+
+def _forward(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype):
+    loss, dhidden_BTD, dweights_DV = _chunked(
+        hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, with_gradients=True
+    )
+    return loss, (dhidden_BTD.astype(hidden_BTD.dtype), dweights_DV.astype(weights_DV.dtype))
+
+
+def _backward(chunk, logits_dtype, gradients, dloss):
+    dhidden_BTD, dweights_DV = (gradient * dloss.astype(gradient.dtype) for gradient in gradients)
+    return dhidden_BTD, dweights_DV, None, None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, *, with_gradients):
+    B, T, D = hidden_BTD.shape
+    wide = jnp.promote_types(logits_dtype, jnp.float32)
+    weights_DV = weights_DV.astype(logits_dtype)
+    # By default accelerators round the factors of an fp32 product.
+    precision = jax.lax.Precision.HIGHEST if weights_DV.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+
+    def one_chunk(sums, inputs):
+        hidden_BCD, targets_BC, mask_BC = inputs
+        hidden_BCD = hidden_BCD.astype(logits_dtype)
+        logits_BCV = product("bcd,dv->bcv", hidden_BCD, weights_DV)
+        is_target_BCV = targets_BC[..., None] == jnp.arange(weights_DV.shape[1])
+        logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        target_BC = jnp.sum(logits_BCV, axis=-1, where=is_target_BCV)
+        loss = jnp.sum(logsumexp_BC - target_BC, where=mask_BC)
+        if not with_gradients:
+            return (sums[0] + loss,), ()
+        dlogits_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0)
+        dlogits_BCV = dlogits_BCV.astype(logits_dtype)
+        dhidden_BCD = product("bcv,dv->bcd", dlogits_BCV, weights_DV).astype(hidden_BTD.dtype)
+        dweights_DV = product("bcd,bcv->dv", hidden_BCD, dlogits_BCV)
+        return (sums[0] + loss, sums[1] + dweights_DV), dhidden_BCD
+
+    def chunks(x_BTX):
+        x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
+        return jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
+
+    zeros = (jnp.zeros((), wide),) + ((jnp.zeros(weights_DV.shape, wide),) if with_gradients else ())
+    chunk = min(chunk, T)
+    sums, dhidden_NBCD = jax.lax.scan(one_chunk, zeros, tuple(map(chunks, (hidden_BTD, targets_BT, mask_BT))))
+    if not with_gradients:
+        return sums
+    dhidden_BTD = jnp.moveaxis(dhidden_NBCD, 0, 1).reshape(B, -1, D)[:, :T]
+    return *sums[:1], dhidden_BTD, sums[1]

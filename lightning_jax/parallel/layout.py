@@ -1,0 +1,88 @@
+"""What a mesh changes in how a model computes: its operators.
+
+Attention never looks across rows or heads, so each device runs it on its own rows and heads. `shard_map` says so: the
+compiler cannot know it of a kernel, nor of a loop whose length depends on the documents.
+
+Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
+"""
+
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from lightning_jax.models.config import ModelConfig
+from lightning_jax.models.operators import Operators, complete
+from lightning_jax.parallel.expert import ParallelExperts
+from lightning_jax.parallel.sharding import RULES, ShardingError, constrain
+
+BATCH = RULES.mesh_axes("batch")
+HEADS = RULES.mesh_axes("heads")
+ROWS = PartitionSpec(BATCH)
+ROWS_AND_HEADS = PartitionSpec(BATCH, None, HEADS)
+
+
+# Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
+@functools.cache
+def operators(mesh: Mesh, config: ModelConfig) -> Operators:
+    """The operators that compute a model on this mesh; those of one device are the model's own.
+
+    Raises:
+        ShardingError: the mesh axis "tensor" does not divide the model's heads.
+    """
+    if mesh.size == 1:
+        return Operators()
+    heads = {"num_heads": config.num_heads}
+    if "softmax" in config.layer_pattern:
+        heads["num_kv_heads"] = config.num_kv_heads
+    for name, count in heads.items():
+        if count % mesh.shape["tensor"]:
+            raise ShardingError(
+                f"model.{name}={count} does not divide over mesh axis tensor={mesh.shape['tensor']}; "
+                f"use a divisor of {count}"
+            )
+    local = complete(Operators(), config)
+
+    def lightning_attention(q_BTHK, k_BTHK, v_BTHK, log_decay_H, *, segment_ids):
+        def on_device(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids):
+            return local.lightning_attention(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=segment_ids)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, PartitionSpec(HEADS), ROWS),
+            out_specs=ROWS_AND_HEADS,
+            check_vma=False,
+        )(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids)
+
+    def softmax_attention(q_BTHK, k_BTGK, v_BTGK, *, segment_ids_BT):
+        def on_device(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
+            return local.softmax_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS),
+            out_specs=ROWS_AND_HEADS,
+            check_vma=False,
+        )(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+
+    # Left to the compiler, a loop over chunks of the sequence gathers the weights and adds up their gradient over all
+    # devices in every turn.
+    def sum_over_rows(function, weights_DV, *rows):
+        return jax.shard_map(
+            lambda weights_DV, *rows: jax.lax.psum(function(weights_DV, *rows), BATCH),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(ROWS for _ in rows)),
+            out_specs=PartitionSpec(),
+            axis_names=set(BATCH),  # the compiler splits the vocabulary
+            check_vma=False,
+        )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
+
+    return Operators(
+        lightning_attention=lightning_attention,
+        softmax_attention=softmax_attention,
+        experts=ParallelExperts(mesh, config),
+        sum_over_rows=sum_over_rows,
+        constrain=functools.partial(constrain, mesh=mesh),
+    )

@@ -1,0 +1,59 @@
+"""The device mesh: four named axes over which a run is laid out."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from lightning_jax.parallel.config import MeshConfig
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes "data", "fsdp", "expert", "tensor" over `devices` (all devices where None).
+
+    Neighbouring devices share the last axes, which communicate most.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve(config, len(devices))
+    # Auto: the compiler places what the sharding rules leave open.
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+
+
+def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each axis, with -1 replaced by the number of devices left over.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of devices.
+    """
+    if problems := config.problems():
+        raise MeshError("; ".join(f"mesh.{problem}" for problem in problems))
+    sizes = dataclasses.asdict(config)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
+    if open_axis and num_devices % given == 0:
+        return sizes | {open_axis: num_devices // given}
+    if num_devices == given:
+        return sizes
+    described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    needed = f"a multiple of {given} devices" if open_axis else f"{given} device{'s' if given > 1 else ''}"
+    advice = _advice(sizes, open_axis, num_devices)
+    raise MeshError(f"mesh: {described} needs {needed}, {num_devices} were found; use {advice}")
+
+
+def _advice(sizes: dict[str, int], open_axis: str | None, num_devices: int) -> str:
+    """One axis to change so that every device is used, or, where none will do, all of them."""
+    for axis in ("fsdp", "data", "expert", "tensor"):
+        others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
+        if axis != open_axis and num_devices % others == 0:
+            return f"{axis}=1" if open_axis else f"{axis}=-1"
+    return "fsdp=-1 and 1 for the others"

@@ -1,0 +1,115 @@
+"""What a run opens and says before its first step: the data, the header, the record of what ran where."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from lightning_jax.config import RunConfig
+from lightning_jax.input_pipeline import (
+    PreparedCorpus,
+    Progress,
+    Tokenizer,
+    encode,
+    prepare,
+    prepare_tokenizer,
+    unigram_cross_entropy,
+)
+from lightning_jax.metrics import formatting, record_session
+from lightning_jax.stages import Stage
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenizer and the corpora of a run."""
+
+    tokenizer: Tokenizer
+    corpora: dict[str, PreparedCorpus]
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of the beginning of a document, at least one."""
+        first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+        ids = encode(self.tokenizer, text).tolist()
+        return ids if ids and self.tokenizer.bos_id is None else [first, *ids]
+
+
+def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
+    """Opens the corpora, preparing at first use what is not in the cache, and says what they are made of."""
+    tokenizer = prepare_tokenizer(config.data)
+
+    def progress(done: Progress) -> None:
+        if sys.stdout.isatty():
+            say(f"tokenizing {done.corpus}: {formatting.count(done.tokens)} tokens")
+
+    corpora = prepare(config.data, tokenizer, progress=progress)
+    for corpus in corpora.values():
+        say(f"corpus {corpus}")
+    return Data(tokenizer, corpora)
+
+
+def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -> dict[str, str | list[str]]:
+    """The facts in the header of a run."""
+    model, devices = config.model, jax.devices()
+    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(*_mesh_axes(config), strict=True) if size > 1) or "none"
+    return {
+        "size": config.size_reason,
+        "devices": f"{len(devices)} x {devices[0].device_kind}, split: {mesh}",
+        "model": (
+            f"{formatting.count(model.num_parameters())} parameters, "
+            f"{formatting.count(model.num_active_parameters())} active without embeddings; "
+            f"{model.num_layers} layers of {' + '.join(_runs(model.layer_pattern))}"
+        ),
+        "stages": [
+            f"{stage.name}: {stage.batch_sizes.num_steps:,} steps, "
+            f"{formatting.count(stage.config.tokens)} tokens, context {stage.config.context_length:,}, "
+            + ", ".join(f"{share:.0%} {name}" for name, share in stage.config.mixture.start.items())
+            for stage in stages
+        ],
+        "folder": str(folder),
+    }
+
+
+def record_run(config: RunConfig, stages: Sequence[Stage], data: Data, folder: pathlib.Path, first_step: int) -> None:
+    """Writes run.json, from which the report says what was run where."""
+    facts = {
+        "title": config.name,
+        "size": config.size_reason,
+        "parameters": config.model.num_parameters(),
+        "total_steps": stages[-1].last_step,
+        "flops_convention": config.metrics.flops_convention,
+        "unigram_entropy": {
+            name: unigram_cross_entropy(corpus.train, corpus.validation, data.tokenizer.vocab_size)
+            for name, corpus in data.corpora.items()
+            if corpus.validation.num_tokens
+        },
+        "stages": [
+            {
+                "name": stage.name,
+                "steps": stage.batch_sizes.num_steps,
+                "tokens": stage.config.tokens,
+                "context length": stage.config.context_length,
+                "mixture": ", ".join(f"{name} {share:g}" for name, share in stage.config.mixture.start.items()),
+            }
+            for stage in stages
+        ],
+        "corpora": {name: str(corpus) for name, corpus in data.corpora.items()},
+    }
+    record_session(folder, facts, first_step=first_step, devices=jax.devices())
+
+
+def _mesh_axes(config: RunConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    sizes = config.resolved_mesh(jax.device_count())
+    return tuple(sizes), tuple(sizes.values())
+
+
+def _runs(pattern: Sequence[str]) -> list[str]:
+    """("lightning",) * 7 + ("softmax",) as ["7 lightning", "1 softmax"]."""
+    runs: list[list] = []
+    for kind in pattern:
+        if runs and runs[-1][1] == kind:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, kind])
+    return [f"{count} {kind}" for count, kind in runs]

@@ -1,0 +1,58 @@
+"""The stages of a run, placed one after the other on the run's count of steps and tokens."""
+
+import zlib
+from dataclasses import dataclass
+
+from lightning_jax.config import RunConfig, StageConfig
+from lightning_jax.optimizers import BatchSizes
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A stage and its place in the run: it makes the run's steps from `first_step` up to `last_step`, not included."""
+
+    name: str
+    config: StageConfig
+    batch_sizes: BatchSizes
+    first_step: int
+    first_token: int
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.batch_sizes.num_steps
+
+    def seed(self, run_seed: int) -> int:
+        """A seed of this stage's own, so that a corpus is not read in the order of an earlier stage again."""
+        return zlib.crc32(f"{run_seed} {self.name}".encode())
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the run has consumed before its step `step`, a step of this stage or the one after its last."""
+        return self.first_token + self.batch_sizes.tokens_before(step - self.first_step)
+
+
+def plan_stages(config: RunConfig) -> list[Stage]:
+    """The stages to run, in order."""
+    stages: list[Stage] = []
+    step = token = 0
+    for name in config.run_stages:
+        stage = config.stages[name]
+        sizes = BatchSizes(stage.batch_size, stage.context_length, stage.tokens)
+        stages.append(Stage(name, stage, sizes, step, token))
+        step, token = step + sizes.num_steps, token + sizes.tokens_before(sizes.num_steps)
+    return stages
+
+
+def num_micro_batches(config: StageConfig, rows: int, shards: int) -> int:
+    """Into how many parts a batch of `rows` is cut: the fewest that are small enough and spread over all shards.
+
+    Args:
+      shards: into how many parts the mesh splits the rows of each micro-batch.
+    """
+    most = config.batch_size.micro_batch_tokens or rows * config.context_length
+    fitting = (
+        parts
+        for parts in range(1, rows // shards + 1)
+        if rows % (parts * shards) == 0 and rows // parts * config.context_length <= most
+    )
+    # Where not even one row for each shard is small enough, that is the smallest there is.
+    return next(fitting, rows // shards)

@@ -1,0 +1,360 @@
+"""The main job: train what a config describes, stage after stage, and go on from where it was stopped.
+
+    python -m lightning_jax.train --config=configs/minimax_m1.py
+
+The state after step n, and every number logged until then, is a function of the config and n alone: a run that was
+killed and started again ends with the same bits as one that never was.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lightning_jax import parallel
+from lightning_jax.checkpoints import Checkpoints, run_lock
+from lightning_jax.command_line import run_command
+from lightning_jax.config import ConfigError, RunConfig, differences
+from lightning_jax.generation import sample
+from lightning_jax.input_pipeline import GlobalBatches, validation_batches
+from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
+from lightning_jax.models import HybridLM
+from lightning_jax.objectives import NextToken
+from lightning_jax.optimizers import build_optimizer, learning_rate
+from lightning_jax.run_setup import describe, open_data, record_run
+from lightning_jax.signals import StopRequest, stop_requests
+from lightning_jax.stages import Stage, num_micro_batches, plan_stages
+from lightning_jax.train_step import Batch, TrainState, make_evaluation_step, make_train_step
+
+# What may change between two starts of a run without making it another run.
+FREE_TO_CHANGE = ("size_reason", "mesh", "checkpoints", "metrics", "max_nonfinite_steps", "data.cache_dir")
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were not finite for too many steps in a row; the message says where their batches are."""
+
+
+class Trainer:
+    """A run in its folder: `Trainer(config, folder).train()` does all of it.
+
+    Args:
+      config: what to train.
+      folder: of the run; where it holds checkpoints, the run goes on from the newest that verifies.
+      init_from: folder of another run, whose parameters a run without checkpoints begins with; None for fresh ones.
+      change_config: go on although the config is not the one that the run was started with.
+
+    Raises:
+      UserError: something that the user has to change; one line for each.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: pathlib.Path,
+        *,
+        init_from: pathlib.Path | None = None,
+        change_config: bool = False,
+    ):
+        if problems := config.problems_on(jax.device_count()):
+            raise ConfigError(problems)
+        self.config, self.folder = config, folder
+        self.init_from, self.change_config = init_from, change_config
+        self.stages = plan_stages(config)
+        self.mesh = parallel.make_mesh(config.mesh)
+        self._rows = parallel.batch_sharding(self.mesh)
+        self._shards = parallel.mesh_size(self.mesh, parallel.RULES.mesh_axes("batch"))
+
+        operators = parallel.operators(self.mesh, config.model)
+        make_model = functools.partial(HybridLM, config.model, operators=operators)
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
+        optimizer = self._optimizer(self.stages[0])
+
+        def create() -> TrainState:
+            params = nnx.state(make_model(rngs=nnx.Rngs(params=config.seed)), nnx.Param)
+            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+        self._create = create
+        shapes = jax.eval_shape(create)
+        self._shardings = parallel.shardings(shapes, self.mesh)
+        self._abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self._shardings,
+        )
+
+    def train(self) -> int:
+        """Trains to the end, or until a signal comes; returns the exit code of the process.
+
+        Raises:
+          UserError: something that the user has to change; one line for each.
+          NonFiniteError: training diverged.
+        """
+        lock = run_lock(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
+        with lock, contextlib.ExitStack() as stack:
+            early: list[str] = []
+            self._say = early.append  # until there is a console, which needs the history that a restore leaves
+            checkpoints = stack.enter_context(
+                Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=lambda line: self._say(line))
+            )
+            state, origin = self._restore_or_create(checkpoints)
+            first_step = int(state.step)
+            resumed = first_step if origin == "resume" else None
+            (self.folder / "config.json").write_text(self.config.to_json() + "\n")
+            self.writer = stack.enter_context(
+                MetricsWriter(self.folder, resume_step=resumed, tensorboard=self.config.metrics.tensorboard)
+            )
+            last = self.stages[-1]
+            self.console = Console(
+                total_steps=last.last_step,
+                total_tokens=last.tokens_before(last.last_step),
+                flops_convention=self.config.metrics.flops_convention,
+                history=read_metrics(self.folder / "metrics.jsonl"),
+            )
+            stack.callback(self.console.close)
+            self._say = self.console.say
+            self.console.header(f"lightning_jax: {self.config.name}", describe(self.config, self.stages, self.folder))
+            for line in early:
+                self._say(line)
+                self.writer.event("checkpoint", line, step=first_step)
+            self.data = open_data(self.config, self._say)
+            record_run(self.config, self.stages, self.data, self.folder, first_step)
+            self.writer.event("resume" if resumed is not None else "start", f"at step {first_step}", step=first_step)
+            self.timer = StepTimer()
+            try:
+                with stop_requests() as stop:
+                    for stage in self.stages:
+                        if int(state.step) < stage.last_step and not stop:
+                            state = self._train_stage(stage, state, checkpoints, stop)
+                step = int(state.step)
+                if stop:
+                    self.writer.event("preempted", f"{stop.signal.name}: saved at step {step}", step=step)
+                elif step > first_step:
+                    self.writer.event("finish", f"after step {step}", step=step)
+                checkpoints.wait()
+            finally:
+                report = write_report(self.folder) if jax.process_index() == 0 else None
+        if stop:
+            self._say(f"stopped and saved at step {step}; the same command goes on from there; report: {report}")
+        else:
+            self._say(f"complete: {step} steps; report: {report}; for another run give another --workdir")
+        return stop.exit_code
+
+    def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, str]:
+        """The state to go on with, and whether it is that of a "resume", an "init_from" or a fresh "start"."""
+        if restored := checkpoints.restore(self._abstract_state):
+            self._check_same_config(restored.metadata["config"])
+            self._say(f"resumed from the checkpoint of step {restored.step}")
+            return restored.state, "resume"
+        state = parallel.create_sharded(self._create, self.mesh)
+        if self.init_from is None:
+            return state, "start"
+        with Checkpoints(self.init_from / "checkpoints", self.config.checkpoints, say=self._say) as others:
+            restored = others.restore(self._abstract_state)
+        if restored is None:
+            raise ConfigError([f"--init_from={self.init_from}: there is no checkpoint in this folder"])
+        self._say(f"parameters from step {restored.step} of {self.init_from}")
+        return state._replace(params=restored.state.params), "init_from"
+
+    def _check_same_config(self, saved: dict[str, Any]) -> None:
+        changes = differences(saved, json.loads(self.config.to_json()), ignore=FREE_TO_CHANGE)
+        if changes and not self.change_config:
+            raise ConfigError(
+                [f"{line}; use another --workdir, or --change_config to go on in {self.folder}" for line in changes]
+            )
+        for line in changes:
+            self._say(f"changed: {line}")
+
+    def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
+        """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
+        batches = GlobalBatches(
+            {name: corpus.train for name, corpus in self.data.corpora.items()},
+            stage.config.mixture,
+            stage.batch_sizes,
+            stage.config.context_length,
+            seed=stage.seed(self.config.seed),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        evaluate = self._evaluation(stage)
+        first_step = int(state.step)
+        steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
+        self._say(f"stage {stage.name}: {steps}, context {stage.config.context_length:,}")
+        train_steps: dict[int, Callable] = {}  # by rows of the batch
+        unreported: tuple[int, dict[str, jax.Array]] | None = None
+        with contextlib.closing(batches.iterator(first_step - stage.first_step)) as iterator:
+            for step in range(first_step, stage.last_step):
+                rows = stage.batch_sizes.rows(step - stage.first_step)
+                batch = self._on_devices(next(iterator))
+                compiling = rows not in train_steps
+                if compiling:
+                    train_steps[rows] = self._train_step(stage, rows)
+                with self.timer.pause() if compiling else contextlib.nullcontext():
+                    state, metrics = train_steps[rows](state, batch)
+                if unreported:  # only now, so that the devices have this step to work on while the host reads that one
+                    self._report(stage, batches, *unreported)
+                unreported = step + 1, metrics
+
+                ends, stopping = step + 1 == stage.last_step, bool(stop)
+                evaluating = ends or (step + 1) % self.config.metrics.evaluate_every_steps == 0
+                saving = checkpoints.due(step + 1, time.monotonic()) or ends or stopping
+                if not (evaluating or saving):
+                    continue
+                # A checkpoint's step must be on record before it is committed.
+                self._report(stage, batches, *unreported)
+                unreported = None
+                with self.timer.pause():
+                    if evaluating:
+                        record = self.writer.write(
+                            step + 1, {"validation_loss": evaluate(state.params), "stage": stage.name}
+                        )
+                        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["validation_loss"].items())
+                        self._say(f"step {step + 1:,}: validation loss: {losses}")
+                    if ends:
+                        self._write_samples(stage, state)
+                    if saving:
+                        checkpoints.save(step + 1, state, {"config": json.loads(self.config.to_json())}, wait=stopping)
+                if stopping:
+                    break
+        return state
+
+    def _train_step(self, stage: Stage, rows: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+        step = make_train_step(
+            self.graphdef,
+            self._objective(stage),
+            self._optimizer(stage),
+            self._learning_rate(stage),
+            first_step=stage.first_step,
+            num_micro_batches=num_micro_batches(stage.config, rows, self._shards),
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
+
+    def _evaluation(self, stage: Stage) -> Callable[[nnx.State], dict[str, float]]:
+        """Validation loss by corpus, in nats per token, always on the same rows."""
+        objective, rows = self._objective(stage), stage.batch_sizes.rows(0)
+        rows //= num_micro_batches(stage.config, rows, self._shards)
+        step = jax.jit(make_evaluation_step(self.graphdef, objective))
+        batches = {
+            name: validation_batches(
+                self.data.corpora[name].validation,
+                stage.config.context_length,
+                batch_rows=rows,
+                num_batches=self.config.metrics.evaluation_batches,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            for name in stage.config.mixture.start
+            if self.data.corpora[name].validation.num_tokens > 1
+        }
+
+        def evaluate(params: nnx.State) -> dict[str, float]:
+            losses = {}
+            for name, each in batches.items():
+                sums = [step(params, self._on_devices(batch)) for batch in each]
+                total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
+                losses[name] = float(objective.loss(total)[1]["loss"])
+            return losses
+
+        return evaluate
+
+    def _report(self, stage: Stage, batches: GlobalBatches, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reads the numbers of a step, which waits for it, and puts them on record."""
+        values = jax.device_get(metrics)
+        in_stage = step - 1 - stage.first_step
+        tokens = stage.batch_sizes.rows(in_stage) * stage.config.context_length
+        self.timer.step(tokens)
+        skipped = int(values.pop("nonfinite_steps"))
+        if skipped:
+            self._dump(step, batches[in_stage], skipped)
+        intervals = self.config.metrics
+        if step % intervals.log_every_steps and step != stage.last_step and not skipped:
+            return
+        if step % intervals.evaluate_every_steps:
+            values.pop("expert_load", None)  # a large table in a large model
+        place = {
+            "stage": stage.name,
+            "tokens": stage.tokens_before(step),
+            "batch_tokens": tokens,
+            "context_length": stage.config.context_length,
+        }
+        flops = self.config.model.flops_per_token(stage.config.context_length, intervals.flops_convention)
+        self.console.progress(self.writer.write(step, values | place, self.timer.lap(flops, self.mesh.devices.flat)))
+
+    def _dump(self, step: int, batch: Batch, skipped: int) -> None:
+        """Keeps the batch of a step that was skipped. Raises NonFiniteError after too many in a row."""
+        path = self.folder / "nonfinite" / f"step_{step}_process_{jax.process_index()}.npz"
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, **batch)
+        line = f"step {step}: loss or gradients are not finite; the update was skipped, its batch is in {path}"
+        self._say(line)
+        self.writer.event("skipped_step", line, step=step)
+        if skipped >= self.config.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"stopped at step {step}: {skipped} steps in a row were not finite; their batches are in {path.parent}; "
+                "lower the learning rate or look at the data"
+            )
+
+    def _write_samples(self, stage: Stage, state: TrainState) -> None:
+        settings, tokenizer = self.config.metrics, self.data.tokenizer
+        if not settings.sample_prompts or not settings.sample_tokens:
+            return
+        continuations = sample(
+            self.graphdef,
+            state.params,
+            [self.data.prompt(prompt) for prompt in settings.sample_prompts],
+            num_tokens=settings.sample_tokens,
+            temperature=settings.sample_temperature,
+            seed=self.config.seed,
+            rope_theta=stage.config.rope_theta,
+        )
+        for prompt, ids in zip(settings.sample_prompts, continuations, strict=True):
+            text = tokenizer.decode(ids)
+            self.writer.sample(int(state.step), stage=stage.name, prompt=prompt, text=text)
+            self._say(f"sample: {prompt!r} -> {text!r}")
+
+    def _objective(self, stage: Stage) -> NextToken:
+        return NextToken(self.config.model, stage.config.rope_theta)
+
+    def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
+        return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
+
+    def _optimizer(self, stage: Stage) -> Any:
+        return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
+
+    def _on_devices(self, batch: Batch) -> Batch:
+        return {name: jax.make_array_from_process_local_data(self._rows, array) for name, array in batch.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 2 for a user's mistake, 1 where training diverged."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_jax.train", description="Trains, or goes on training.")
+    parser.add_argument("--workdir", metavar="FOLDER", help="folder of the run; runs/NAME_OF_THE_CONFIG if not given")
+    parser.add_argument("--init_from", metavar="FOLDER", type=pathlib.Path, help="begin with another run's parameters")
+    parser.add_argument("--change_config", action="store_true", help="go on with a config that was changed")
+
+    def command(options: argparse.Namespace, config: RunConfig) -> int:
+        folder = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
+        trainer = Trainer(config, folder, init_from=options.init_from, change_config=options.change_config)
+        try:
+            return trainer.train()
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("stopped; what was saved before is kept, and the same command goes on from there", file=sys.stderr)
+            return 130
+
+    return run_command(parser, command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Every named size and recipe loads without problems, resolves to its golden file, and says what the papers say."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from lightning_jax import recipes
+from lightning_jax.config import ConfigError, load_config
+from lightning_jax.optimizers import learning_rate
+from lightning_jax.stages import plan_stages
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+REGENERATE = "python tests/configs/make_goldens.py"
+
+PARAMETERS = {  # of every size: all, and active without embeddings
+    "minimax_m1:laptop": (6_401_024, 1_813_504),
+    "minimax_m1:laptop_softmax": (6_432_896, 1_845_376),
+    "minimax_m1:1b": (1_293_728_768, 129_022_976),
+    "minimax_m1:8b": (8_215_186_944, 805_817_856),
+    "minimax_m1:456b": (456_089_655_296, 45_944_920_064),
+    "minimax_text_01:laptop": (6_401_024, 1_813_504),
+    "minimax_text_01:1b": (1_293_728_768, 129_022_976),
+    "minimax_text_01:8b": (8_215_186_944, 805_817_856),
+    "minimax_text_01:456b": (456_089_655_296, 45_944_920_064),
+    "tinyllama:laptop": (3_934_656, 2_361_792),
+    "tinyllama:1.1b": (1_100_048_384, 968_976_384),
+    "smollm2:laptop": (3_148_224, 2_361_792),
+    "smollm2:135m": (134_515_008, 106_203_456),
+    "smollm2:360m": (361_821_120, 314_635_200),
+    "smollm2:1.7b": (1_711_376_384, 1_610_713_088),
+}
+RECIPES = {
+    "minimax_m1": ("paper",),
+    "minimax_text_01": ("paper", "seed"),
+    "tinyllama": ("v1.0", "v1.1", "v1.1_math_code", "v1.1_chinese"),
+    "smollm2": ("paper", "seed"),
+}
+NAMES = [f"{size},{recipe}" for size in PARAMETERS for recipe in RECIPES[size.partition(":")[0]]]
+SYSTEMS = list(RECIPES)
+
+
+def load(name: str):
+    system, _, argument = name.partition(":")
+    return load_config(f"{ROOT}/configs/{system}.py" + (f":{argument}" if argument else ""))
+
+
+def golden_path(name: str) -> pathlib.Path:
+    return GOLDENS / (name.replace(":", "_").replace(",", "_") + ".json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolved_config_equals_its_golden(name):
+    resolved = json.loads(load(name).to_json())
+    assert golden_path(name).exists(), f"no golden for {name}; write it with: {REGENERATE}"
+    golden = json.loads(golden_path(name).read_text())
+    assert resolved == golden, f"{name} has changed; if that was meant, write the goldens with: {REGENERATE}"
+
+
+def test_no_golden_is_left_over():
+    assert {path.name for path in GOLDENS.glob("*.json")} == {golden_path(name).name for name in NAMES}
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_parameter_counts_are_exact(size):
+    model = load(size).model
+    assert (model.num_parameters(), model.num_active_parameters()) == PARAMETERS[size]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_make_steps_and_every_schedule_fits(name):
+    for stage in plan_stages(load(name)):
+        rate = learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
+        rates = np.asarray(rate(np.linspace(0, stage.batch_sizes.num_steps, 200, dtype=np.int64)))
+        assert (rates >= 0).all()
+        assert rates.max() == pytest.approx(stage.config.schedule.peak) or stage.config.schedule.first_step
+        assert not stage.config.schedule.final or rates[-1] > 0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_docstring_has_the_command_every_size_and_every_recipe(system):
+    docstring = (ROOT / "configs" / f"{system}.py").read_text().split('"""')[1]
+    assert f"python -m lightning_jax.train --config=configs/{system}.py" in docstring
+    for size in PARAMETERS:
+        if size.startswith(system):
+            assert re.search(rf"^\| {size.partition(':')[2]} \|", docstring, re.MULTILINE), size
+    for recipe in RECIPES[system]:
+        assert len(RECIPES[system]) == 1 or re.search(rf"\b{recipe}\b", docstring), recipe
+
+
+def corner(name: str, stage_name: str):
+    """(rate at a step, batch sizes) of one stage."""
+    (stage,) = (stage for stage in plan_stages(load(name)) if stage.name == stage_name)
+    rate = learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
+    return (lambda step: float(rate(step))), stage.batch_sizes
+
+
+def test_text_01_as_published():
+    rate, sizes = corner("minimax_text_01:456b", "constant")
+    assert [rate(0), rate(250), rate(500), rate(sizes.num_steps)] == pytest.approx([0, 1e-4, 2e-4, 2e-4])
+    ramps = [step for step in range(1, sizes.num_steps) if sizes.rows(step) != sizes.rows(step - 1)]
+    assert [sizes.rows(0), *(sizes.rows(step) for step in ramps)] == [2048, 4096, 8192, 16384]
+    for step, tokens in zip(ramps, (69e9, 790e9, 4.7e12), strict=True):
+        assert 0 <= sizes.tokens_before(step) - tokens < sizes.rows(step - 1) * 8192
+    rate, sizes = corner("minimax_text_01:456b", "fast_decay")
+    half = (1.3e-4 * 3e-5) ** 0.5
+    assert [rate(0), rate(sizes.num_steps)] == pytest.approx([1.3e-4, 3e-5])
+    assert rate(sizes.num_steps // 2) == pytest.approx(half, rel=1e-3)
+
+
+def test_text_01_extension_as_published():
+    config = load("minimax_text_01:456b")
+    for context_length, theta, tokens, medium, long in (
+        (128 * 1024, 5e6, 300e9, 0.7, 0.0),
+        (512 * 1024, 1e7, 32e9, 0.35, 0.3),
+        (1024 * 1024, 1e7, 26e9, 0.3, 0.4),
+    ):
+        stages = [stage for stage in config.stages.values() if stage.context_length == context_length]
+        assert sum(stage.tokens for stage in stages) == tokens
+        assert {stage.rope_theta for stage in stages} == {theta}
+        by_questions = sorted(stages, key=lambda stage: stage.mixture.end.get("long_qa", 0))
+        end = by_questions[0].mixture.end
+        assert (end["long_32k_128k"], end.get("long_over_128k", 0)) == pytest.approx((medium, long))
+        assert by_questions[1].mixture.end["long_qa"] == pytest.approx(0.1)
+        assert by_questions[1].tokens == pytest.approx(0.2 * tokens)
+
+
+def test_m1_as_published():
+    rate, sizes = corner("minimax_m1:456b", "continual_pretraining")
+    constant = next(s for s in range(0, sizes.num_steps, 100) if sizes.tokens_before(s) > 2.5e12) - 200
+    assert [rate(0), rate(constant), rate(sizes.num_steps)] == pytest.approx([8e-5, 8e-5, 8e-6])
+    config = load("minimax_m1:456b")
+    assert config.stages["continual_pretraining"].tokens == 7.5e12
+    assert [config.stages[name].context_length // 1024 for name in config.run_stages] == [8, 32, 128, 512, 1024]
+    assert {(s.optimizer.beta2, s.optimizer.epsilon) for s in config.stages.values()} == {(0.95, 1e-15)}
+    assert config.model.residual_alpha == 3.5565588200778455
+    assert [kind for kind, _ in zip(config.model.layer_kinds(), range(8), strict=False)].count("lightning") == 7
+
+
+def test_tinyllama_as_published():
+    rate, sizes = corner("tinyllama:1.1b", "pretraining")
+    assert (sizes.num_steps, sizes.rows(0)) == (1_430_512, 1024)
+    middle = 2000 + (1_430_512 - 2000) // 2
+    assert [rate(0), rate(1000), rate(2000), rate(middle), rate(1_430_512)] == pytest.approx(
+        [0, 2e-4, 4e-4, 2.2e-4, 4e-5]
+    )
+
+
+def test_tinyllama_v1_1_is_one_cosine_over_its_stages_and_cools_down_with_four_times_the_batch():
+    stages = plan_stages(load("tinyllama:1.1b,v1.1_math_code"))
+    assert [stage.name for stage in stages] == ["basic", "continual_ramp", "continual", "cooldown"]
+    assert [stage.config.tokens for stage in stages] == [1.5e12, 6e9, 344e9, 150e9]
+    assert stages[-1].config.batch_size.tokens[0] == 4 * stages[0].config.batch_size.tokens[0]
+    ends = [(stage.config.schedule, stage.batch_sizes.num_steps) for stage in stages]
+    for (before, steps), (after, more) in zip(ends, ends[1:], strict=False):
+        meeting = float(learning_rate(before, steps)(steps)), float(learning_rate(after, more)(0))
+        assert meeting[0] == pytest.approx(meeting[1])
+    assert float(learning_rate(*ends[-1])(ends[-1][1])) == pytest.approx(4e-5)
+    assert stages[1].config.mixture.start["slimpajama"] == 1.0
+    assert stages[1].config.mixture.end == {"slimpajama": 0.75, "starcoderdata": 0.15, "proof_pile_2": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "batch", "decay_start"),
+    [("135m", 2_000_000, 1_048_576, 1_600_000), ("360m", 2_600_000, 1_572_864, 2_080_000)],
+)
+def test_smollm2_small_as_published(name, steps, batch, decay_start):
+    rate, sizes = corner(f"smollm2:{name}", "pretraining")
+    assert (sizes.num_steps, sizes.tokens_before(1)) == (steps, batch)
+    middle = (decay_start + steps) // 2
+    assert [rate(s) for s in (0, 2000, decay_start, middle, steps)] == pytest.approx([0, 3e-3, 3e-3, 1.5e-3, 0])
+
+
+def test_smollm2_1_7b_is_one_schedule_over_its_stages():
+    stages = plan_stages(load("smollm2:1.7b"))
+    assert [stage.name for stage in stages] == ["stage_1", "stage_2", "stage_3", "stage_4", "context_8k"]
+    assert stages[-1].last_step == 5_240_000
+    rates = [learning_rate(stage.config.schedule, stage.batch_sizes.num_steps) for stage in stages]
+    for step in (0, 1000, 2000, 2_861_023, 4_716_000, 4_768_372, 4_978_000, 5_239_999):
+        expected = 5e-4 * min(1.0, step / 2000, (5_240_000 - step) / 524_000)
+        ((stage, rate),) = [(s, r) for s, r in zip(stages, rates, strict=True) if s.first_step <= step < s.last_step]
+        assert float(rate(step - stage.first_step)) == pytest.approx(expected, rel=2e-6), step
+    extended = stages[-1].config
+    assert (extended.context_length, extended.rope_theta) == (8192, 1.3e5)
+    end = extended.mixture.end
+    assert (end["dclm_long"], end["fineweb_edu_long"], end["dolma_books"]) == pytest.approx((0.1, 0.1, 0.2))
+
+
+def test_seed_recipes_are_what_their_source_says():
+    for name, beta2 in (("minimax_text_01:456b,seed", 0.98), ("smollm2:135m,seed", 0.999)):
+        config = load(name)
+        assert {(s.optimizer.beta2, s.optimizer.weight_decay) for s in config.stages.values()} == {(beta2, 0.01)}
+    rate, _ = corner("minimax_text_01:456b,seed", "pretraining")
+    assert [rate(0), rate(10_000), rate(500_000)] == pytest.approx([0, 1e-4, 1e-5])
+    for stage in load("smollm2:360m,seed").stages.values():
+        assert stage.batch_size.tokens == (2_097_152,)
+
+
+def test_softmax_ablation_differs_in_its_layers_only_and_is_not_smaller():
+    hybrid, softmax = load("minimax_m1:laptop"), load("minimax_m1:laptop_softmax")
+    assert 1 <= softmax.model.num_parameters() / hybrid.model.num_parameters() < 1.006
+    assert 1 <= softmax.model.num_active_parameters() / hybrid.model.num_active_parameters() < 1.02
+    same = dataclasses.replace(softmax.model, layer_pattern=hybrid.model.layer_pattern, num_heads=4, num_kv_heads=2)
+    assert same == hybrid.model
+    assert (softmax.data, softmax.stages) == (hybrid.data, hybrid.stages)
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("labtop", "'labtop' is neither a size nor a recipe; did you mean 'laptop'?"),
+        ("135m,360m", "'135m,360m' names more than one size"),
+        ("paper,seed", "'paper,seed' names more than one recipe"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(argument, line):
+    with pytest.raises(ConfigError) as caught:
+        load(f"smollm2:{argument}")
+    assert len(caught.value.problems) == 1
+    assert line in caught.value.problems[0]
+
+
+def test_order_of_size_and_recipe_does_not_matter():
+    assert load("smollm2:seed,135m") == load("smollm2:135m,seed")
+
+
+class Device(types.SimpleNamespace):
+    """An accelerator with so much memory."""
+
+    def __init__(self, gib: float):
+        super().__init__(platform="gpu", device_kind="H200", process_index=0)
+        self.memory_stats = lambda: {"bytes_limit": int(gib * 2**30)}
+
+
+@pytest.fixture
+def data_of_m1(tmp_path, monkeypatch):
+    """An empty file for each file that the sizes of M1 need."""
+    monkeypatch.chdir(tmp_path)
+    for corpus in load("minimax_m1:456b").data.corpora.values():
+        folder = pathlib.Path(corpus.path).parent
+        folder.mkdir(parents=True)
+        (folder / "0.jsonl.zst").touch()
+    pathlib.Path("data/minimax_m1/tokenizer.json").touch()
+
+
+@pytest.mark.parametrize(
+    ("devices", "gib", "size"), [(1, 16, "laptop"), (1, 80, "1b"), (8, 80, "8b"), (512, 95, "456b"), (256, 32, "8b")]
+)
+@pytest.mark.usefixtures("data_of_m1")
+def test_the_largest_size_that_fits_is_chosen_and_explained(monkeypatch, devices, gib, size):
+    monkeypatch.setattr(jax, "devices", lambda: [Device(gib)] * devices)
+    config = load("minimax_m1")
+    assert config.name == f"minimax_m1_{size}"
+    assert config.size_reason.startswith(f"{size}: the largest for {devices} x H200, {gib * devices} GiB")
+    assert ("456b needs 6796 GiB for weights, moments and gradients" in config.size_reason) == (size != "456b")
+
+
+def test_a_size_whose_data_are_missing_is_not_chosen(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(80)])
+    config = load("minimax_m1")
+    assert config.name == "minimax_m1_laptop"
+    assert re.search(r"1b needs data/minimax_m1/\w+/\*.jsonl.zst, which is not here", config.size_reason)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_machine_without_accelerator_takes_the_laptop_size(system):
+    config = load(system)
+    assert config.name.startswith(f"{system}_laptop")
+    assert config.size_reason.endswith("no accelerator")
+    assert config.data == load(f"{system}:laptop").data
+
+
+def test_training_state_of_456b_is_sixteen_bytes_a_parameter():
+    config = load("minimax_m1:456b")
+    raw = recipes.ConfigDict(dataclasses.asdict(config))
+    assert recipes.training_bytes(raw) == 16 * 456_089_655_296

@@ -1,0 +1,109 @@
+"""Inputs for lightning attention, and what it must return for them by loops over tokens in numpy: the oracle's oracle.
+
+Shapes: B batch, T sequence, H heads, K key dim, V value dim.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import lightning_attention
+
+DECAYS = (0.0, 0.004, 0.1, 0.92)  # slopes from "never forgets" to the steepest head of 64
+
+
+class Case(NamedTuple):
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    initial_state: np.ndarray
+    log_decay: np.ndarray
+    segment_ids: np.ndarray | None
+    do: np.ndarray
+    d_final_state: np.ndarray
+
+
+class Results(NamedTuple):
+    o: np.ndarray
+    final_state: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    d_initial_state: np.ndarray
+
+
+def random_case(length, *, batch=2, key_dim=8, value_dim=5, slopes=DECAYS, borders=None, seed=0) -> Case:
+    """Normal inputs in fp64; `borders`: expected documents per row, or None for rows of one document."""
+    rng = np.random.default_rng(seed)
+    heads = len(slopes)
+    q, k = rng.standard_normal((2, batch, length, heads, key_dim))
+    v, do = rng.standard_normal((2, batch, length, heads, value_dim))
+    initial_state, d_final_state = rng.standard_normal((2, batch, heads, key_dim, value_dim))
+    segment_ids = None
+    if borders is not None:
+        # Modulo 3: ids come back, and step down as well as up.
+        segment_ids = (np.cumsum(rng.random((batch, length)) < borders / length, axis=1) % 3).astype(np.int32)
+    return Case(q, k, v, initial_state, -np.array(slopes), segment_ids, do, d_final_state)
+
+
+def by_loops(case: Case) -> Results:
+    """The recurrence and its derivative, token by token in fp64."""
+    q, k, v, state, log_decay, segment_ids, do, d_state = (
+        None if x is None else np.asarray(x, np.int64 if x.dtype.kind == "i" else np.float64) for x in case
+    )
+    length = q.shape[1]
+    decay = np.exp(log_decay)[None, :, None, None]
+    ids = np.zeros(q.shape[:2]) if segment_ids is None else segment_ids
+    keep = [np.ones((len(ids), 1, 1, 1))] + [
+        (ids[:, t] == ids[:, t - 1])[:, None, None, None] for t in range(1, length)
+    ]
+    states, o = [], np.zeros(v.shape)
+    for t in range(length):
+        state = decay * keep[t] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        states.append(state)
+        o[:, t] = (state * q[:, t, :, :, None]).sum(-2)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for t in reversed(range(length)):
+        d_state = d_state + q[:, t, :, :, None] * do[:, t, :, None, :]
+        dq[:, t] = (states[t] * do[:, t, :, None, :]).sum(-1)
+        dk[:, t] = (d_state * v[:, t, :, None, :]).sum(-1)
+        dv[:, t] = (d_state * k[:, t, :, :, None]).sum(-2)
+        d_state = decay * keep[t] * d_state
+    return Results(o, state, dq, dk, dv, d_state)
+
+
+@partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def _run(q, k, v, initial_state, log_decay, segment_ids, do, d_final_state, implementation, chunk_size):
+    def attention(q, k, v, initial_state):
+        return lightning_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            segment_ids=segment_ids,
+            initial_state=initial_state,
+            return_final_state=True,
+            implementation=implementation,
+            chunk_size=chunk_size,
+        )
+
+    outputs, pull_back = jax.vjp(attention, q, k, v, initial_state)
+    return *outputs, *pull_back((do, d_final_state))
+
+
+def by_jax(case: Case, dtype, *, implementation="xla", chunk_size=None) -> Results:
+    """lightning_attention and its derivative on the case rounded to `dtype`."""
+    state_dtype = jnp.promote_types(dtype, jnp.float32)
+    dtypes = Case(dtype, dtype, dtype, state_dtype, state_dtype, jnp.int32, dtype, state_dtype)
+    arrays = [None if x is None else jnp.asarray(x, to) for x, to in zip(case, dtypes, strict=True)]
+    return Results(*_run(*arrays, implementation=implementation, chunk_size=chunk_size))
+
+
+def assert_close(actual: Results, expected: Results, tolerance: float):
+    """Every difference is at most `tolerance` times the largest magnitude of the array it occurs in."""
+    for name, x, y in zip(Results._fields, actual, expected, strict=True):
+        difference = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
+        assert difference <= tolerance * np.abs(y).max(), f"{name} differs by {difference / np.abs(y).max():.1e}"
