@@ -97,7 +97,8 @@ def report(throughput: list[dict], packing: list[dict], about: dict) -> str:
     lines = [
         "# Input pipeline: tokens delivered per second",
         "",
-        f"`{about['command']}` on {about['date']}: {about['machine']}; {about['versions']}.",
+        f"`{about['command']}` on {about['date']}: {about['machine']}, load average "
+        f"{about['load']}; {about['versions']}.",
         f"Batches of {BATCH_TOKENS:,} tokens; median of {about['rounds']} rounds of {STEPS_PER_ROUND} batches; "
         f"10 corpora of {about['documents']:,} documents each.",
         "",
@@ -131,7 +132,8 @@ def main() -> None:
     about = {
         "command": f"python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "load": f"{os.getloadavg()[0]:.1f}",
         "versions": ", ".join(
             [
                 f"Python {platform.python_version()}",

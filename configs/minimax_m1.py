@@ -22,7 +22,9 @@ grouped ones, so that a layer's attention has exactly a lightning layer's matric
 a smaller auxiliary loss than Text-01, 32K to 1M tokens in four stages, AdamW with beta2 0.95 and epsilon 1e-15. What it
 leaves undisclosed, and ours here: the shape of the decay, batch sizes, shares within the 70%, the auxiliary coefficient
 (the released config.json's), the extension's lengths between 32K and 1M, its tokens, learning rate and mixtures, weight
-decay and clipping (Text-01's weight decay). The paper starts from Text-01's weights.
+decay and clipping (Text-01's weight decay). The paper starts from Text-01's weights, here --init_from=FOLDER with the
+folder of a Text-01 run. It takes a multiple of 256 chips. The stages from 128K on keep each row whole on its chips,
+which has no room on today's; --config.run_stages=continual_pretraining,context_32k leaves them out.
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in
@@ -40,7 +42,7 @@ SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
 
 PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
-CORPORA = {name: f"{name}/*.jsonl.zst" for name in (*PRETRAINING, "long_32k_128k", "long_over_128k")}
+LONG = ("long_32k_128k", "long_over_128k")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,17 +55,17 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"minimax_m1_{size}",
         model=_model(size),
         data=recipes.embedded() if laptop else _data(),
-        mesh=recipes.mesh(fsdp=-1, expert=32) if size == "456b" else recipes.mesh(fsdp=-1),
         stages=STAGES[size](),
         laptop=laptop,
+        replicate=laptop,
+        expert_parallel=32 if size == "456b" else 1,
+        tensor_parallel=8 if size == "456b" else 1,
     )
 
 
 def _model(size: str) -> ConfigDict:
     coefficient = 0.001 if size == "456b" else 0.01  # 0.01 is Text-01's
-    model = recipes.minimax(router_aux_coefficient=coefficient, **recipes.MINIMAX_SIZES[size.removesuffix("_softmax")])
-    if size.startswith("laptop"):
-        model.update(recipes.PRECISION_ON_CPU)
+    model = recipes.minimax(recipes.MINIMAX[size.removesuffix("_softmax")], router_aux_coefficient=coefficient)
     if size == "laptop_softmax":
         model.update(layer_pattern=("softmax",), num_heads=5, num_kv_heads=5)
     if size == "456b":
@@ -72,9 +74,8 @@ def _model(size: str) -> ConfigDict:
 
 
 def _data() -> ConfigDict:
-    return recipes.files_on_disk(
-        "data/minimax_m1", CORPORA, vocab_size=recipes.MINIMAX_VOCABULARY, bos="", eos="<end_of_document>"
-    )
+    corpora = (*PRETRAINING, *LONG)
+    return recipes.files_on_disk("data/minimax_m1", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
 
 
 def _laptop_stages() -> dict[str, ConfigDict]:

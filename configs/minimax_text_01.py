@@ -18,7 +18,9 @@ paper (section 4.2, Table 6). The learning rate warms up over 500 steps to 2e-4 
 then grows to 128K, 512K and 1M, rope theta to 5M and 10M; the last fifth of each of these stages has a tenth of long
 questions and answers, and shares move linearly from one stage to the next. Undisclosed, and ours here: Adam's epsilon
 and the clipping, the shares of the corpora, how long the shares take to move (the first four fifths), learning rate and
-batch of the extension, and the capacity factor of the experts, which drop what exceeds it.
+batch of the extension, and the capacity factor of the experts, which drop what exceeds it. 456b takes a multiple of 256
+chips; the extension's stages keep each row whole on its chips, which has no room on today's, and
+--config.run_stages=constant,constant_lower,fast_decay leaves them out.
 
 seed. What a widely read summary of the recipe gives instead: 300B tokens, AdamW (0.9, 0.98) with weight decay 0.01,
 10,000 steps of warm-up to 1e-4 and a cosine over 500,000, on CommonCrawl, Wikipedia, BookCorpus and news. Its batch of
@@ -56,26 +58,24 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"minimax_text_01_{size}" + ("_seed" if recipe == "seed" else ""),
         model=_model(size),
         data=recipes.embedded() if size == "laptop" else _data(recipe),
-        mesh=recipes.mesh(fsdp=-1, expert=32) if size == "456b" else recipes.mesh(fsdp=-1),
         stages=_published_stages(recipe) if size == "456b" else _small_stages(recipe, size),
         laptop=size == "laptop",
+        replicate=size == "laptop",
+        expert_parallel=32 if size == "456b" else 1,
+        tensor_parallel=8 if size == "456b" else 1,
     )
 
 
 def _model(size: str) -> ConfigDict:
-    model = recipes.minimax(router_aux_coefficient=0.01, **recipes.MINIMAX_SIZES[size])
-    if size == "laptop":
-        model.update(recipes.PRECISION_ON_CPU)
+    model = recipes.minimax(recipes.MINIMAX[size], router_aux_coefficient=0.01)
     if size == "456b":
         model.update(expert_dispatch="capacity")  # tokens over capacity are dropped; its factor is undisclosed, ours
     return model
 
 
 def _data(recipe: str) -> ConfigDict:
-    corpora = {name: f"{name}/*.jsonl.zst" for name in (*PRETRAINING[recipe], *LONG)}
-    return recipes.files_on_disk(
-        "data/minimax_text_01", corpora, vocab_size=recipes.MINIMAX_VOCABULARY, bos="", eos="<end_of_document>"
-    )
+    corpora = (*PRETRAINING[recipe], *LONG)
+    return recipes.files_on_disk("data/minimax_text_01", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
 
 
 def _published_stages(recipe: str) -> dict[str, ConfigDict]:
@@ -106,7 +106,7 @@ def _published_stages(recipe: str) -> dict[str, ConfigDict]:
             "fast_decay": pretraining(1e12, last, decay),
         }
     rate = stages[list(stages)[-1]].schedule.final
-    return stages | _extension(recipe, rate, sizes[-1] if recipe == "paper" else sizes[0])
+    return stages | _extension(recipe, rate, sizes[-1])
 
 
 def _extension(recipe: str, rate: float, batch: int) -> dict[str, ConfigDict]:

@@ -33,7 +33,7 @@ every Python installation.
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import adamw, batch_size, blend, stage, steps, wsd
+from lightning_jax.recipes import Dimensions, adamw, batch_size, blend, stage, steps, wsd
 
 SIZES = ("laptop", "135m", "360m", "1.7b")  # from the smallest up
 RECIPES = ("paper", "seed")
@@ -72,46 +72,29 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
+    laptop = size == "laptop"
     stages = _stages(size, recipe)
-    corpora = sorted({corpus for each in stages.values() for corpus in each.mixture.end})
-    files = {name: f"{name}/*.jsonl.zst" for name in corpora}
+    dimensions, deviation = {
+        "laptop": (recipes.LLAMA_LAPTOP, 0.05),
+        "135m": (Dimensions(576, 30, 9, 3, 64, 1536, 49_152), 0.041667),
+        "360m": (Dimensions(960, 32, 15, 5, 64, 2560, 49_152), 0.03227),
+        "1.7b": (Dimensions(2048, 24, 32, 32, 64, 8192, 49_152), 0.02),
+    }[size]
     config = recipes.run(
         f"smollm2_{size}" + ("_seed" if recipe == "seed" else ""),
-        model=_model(size),
-        data=recipes.embedded()
-        if size == "laptop"
-        else recipes.files_on_disk("data/smollm2", files, vocab_size=49_152, bos="", eos="<|endoftext|>"),
-        mesh=recipes.mesh(fsdp=-1),
+        model=recipes.llama(dimensions, tie_embeddings=True, initializer="normal", initializer_range=deviation),
+        data=recipes.embedded() if laptop else _data(stages),
         stages=stages,
-        laptop=size == "laptop",
+        laptop=laptop,
+        replicate=size != "1.7b",
     )
     config.run_stages = tuple(name for name in stages if name != "stage_4_end")
     return config
 
 
-def _model(size: str) -> ConfigDict:
-    dimensions, deviation = {
-        "laptop": (recipes.LLAMA_LAPTOP, 0.05),
-        "135m": (_dimensions(hidden_size=576, num_layers=30, heads=(9, 3), intermediate_size=1536), 0.041667),
-        "360m": (_dimensions(hidden_size=960, num_layers=32, heads=(15, 5), intermediate_size=2560), 0.03227),
-        "1.7b": (_dimensions(hidden_size=2048, num_layers=24, heads=(32, 32), intermediate_size=8192), 0.02),
-    }[size]
-    model = recipes.llama(tie_embeddings=True, initializer="normal", initializer_range=deviation, **dimensions)
-    if size == "laptop":
-        model.update(recipes.PRECISION_ON_CPU)
-    return model
-
-
-def _dimensions(*, hidden_size: int, num_layers: int, heads: tuple[int, int], intermediate_size: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": heads[0],
-        "num_kv_heads": heads[1],
-        "head_dim": 64,
-        "intermediate_size": intermediate_size,
-        "vocab_size": 49_152,
-    }
+def _data(stages: dict[str, ConfigDict]) -> ConfigDict:
+    corpora = sorted({corpus for each in stages.values() for corpus in each.mixture.end})
+    return recipes.files_on_disk("data/smollm2", corpora, vocab_size=49_152, bos="", eos="<|endoftext|>")
 
 
 def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:

@@ -32,7 +32,7 @@ corpora, "text" and "code" at 7:3, come with every Python installation.
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import adamw, batch_size, cosine, stage, steps
+from lightning_jax.recipes import Dimensions, adamw, batch_size, cosine, stage, steps
 
 SIZES = ("laptop", "1.1b")  # from the smallest up
 RECIPES = ("v1.0", "v1.1", "v1.1_math_code", "v1.1_chinese")
@@ -52,39 +52,25 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
+    laptop = size == "laptop"
     stages = _single_stage if recipe == "v1.0" else _three_stages
-    corpora = {name: f"{name}/*.jsonl.zst" for name in {"slimpajama": 1.0, **MIXTURES[recipe]}}
     return recipes.run(
         f"tinyllama_{size}_{recipe}",
-        model=_model(size),
-        data=recipes.embedded()
-        if size == "laptop"
-        else recipes.files_on_disk("data/tinyllama", corpora, vocab_size=32_000, bos="<s>", eos="</s>"),
-        mesh=recipes.mesh(fsdp=-1),
+        model=recipes.llama(
+            recipes.LLAMA_LAPTOP if laptop else Dimensions(2048, 22, 32, 4, 64, 5632, 32_000),
+            tie_embeddings=False,
+            initializer="tinyllama",
+            initializer_range=0.02,
+        ),
+        data=recipes.embedded() if laptop else _data(recipe),
         stages=stages(size, recipe),
-        laptop=size == "laptop",
+        laptop=laptop,
+        replicate=laptop,
     )
 
 
-def _model(size: str) -> ConfigDict:
-    published = {
-        "hidden_size": 2048,
-        "num_layers": 22,
-        "num_heads": 32,
-        "num_kv_heads": 4,
-        "head_dim": 64,
-        "intermediate_size": 5632,
-        "vocab_size": 32_000,
-    }
-    model = recipes.llama(
-        tie_embeddings=False,
-        initializer="tinyllama",
-        initializer_range=0.02,
-        **(recipes.LLAMA_LAPTOP if size == "laptop" else published),
-    )
-    if size == "laptop":
-        model.update(recipes.PRECISION_ON_CPU)
-    return model
+def _data(recipe: str) -> ConfigDict:
+    return recipes.files_on_disk("data/tinyllama", MIXTURES[recipe], vocab_size=32_000, bos="<s>", eos="</s>")
 
 
 def _single_stage(size: str, recipe: str) -> dict[str, ConfigDict]:

@@ -188,8 +188,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     return run
 
 
+INVALID = object()  # stands for a value that does not have its type; one that breaks a rule still has
+
+
 def parse(schema: Any, value: Any, path: str = "config") -> tuple[Any, list[str]]:
-    """Checks `value` against a type of the schema. Returns (the typed value or None, problems)."""
+    """Checks `value` against a type of the schema. Returns (the typed value or INVALID, problems)."""
     origin, arguments = typing.get_origin(schema), typing.get_args(schema)
     if dataclasses.is_dataclass(schema):
         return _parse_section(schema, value, path)
@@ -201,7 +204,7 @@ def parse(schema: Any, value: Any, path: str = "config") -> tuple[Any, list[str]
     if origin is Literal:
         if value in arguments:
             return value, []
-        return None, [f"{path}: {value!r} is not a choice; {nearest_name(str(value), arguments)}"]
+        return INVALID, [f"{path}: {value!r} is not a choice; {nearest_name(str(value), arguments)}"]
     if origin is tuple and isinstance(value, list | tuple):
         return _gather(tuple, [parse(arguments[0], each, f"{path}[{i}]") for i, each in enumerate(value)])
     if origin is dict and isinstance(value, ConfigDict | Mapping):
@@ -210,15 +213,15 @@ def parse(schema: Any, value: Any, path: str = "config") -> tuple[Any, list[str]
     if schema is float and type(value) in (int, float):
         if math.isfinite(value):
             return float(value), []
-        return None, [f"{path}: {value} is not a finite number"]
+        return INVALID, [f"{path}: {value} is not a finite number"]
     if schema in (int, str, bool) and type(value) is schema:
         return value, []
-    return None, [f"{path}: {value!r} is {type(value).__name__}, not {_type_name(schema)}"]
+    return INVALID, [f"{path}: {value!r} is {type(value).__name__}, not {_type_name(schema)}"]
 
 
 def _parse_section(schema: type, value: Any, path: str) -> tuple[Any, list[str]]:
     if not isinstance(value, ConfigDict | Mapping):
-        return None, [f"{path}: {value!r} is not a section with the fields of {schema.__name__}"]
+        return INVALID, [f"{path}: {value!r} is not a section with the fields of {schema.__name__}"]
     hints = typing.get_type_hints(schema)
     problems = [f"{path}.{name}: no such field; {nearest_name(name, hints)}" for name in value if name not in hints]
     fields = {}
@@ -228,16 +231,17 @@ def _parse_section(schema: type, value: Any, path: str) -> tuple[Any, list[str]]
             continue
         fields[name], more = parse(hint, value[name], f"{path}.{name}")
         problems.extend(more)
-    if problems:
-        return None, problems
+    if INVALID in fields.values() or len(fields) < len(hints) or len(value) > len(hints):
+        return INVALID, problems
     section = schema(**fields)
     check = getattr(section, "problems", None)
-    return section, [f"{path}.{problem}" for problem in check()] if check else []
+    problems += [f"{path}.{problem}" for problem in check()] if check else []
+    return section, problems
 
 
 def _gather(build: Any, parsed: list[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
-    problems = [problem for _, more in parsed for problem in more]
-    return (None if problems else build([value for value, _ in parsed])), problems
+    values = [value for value, _ in parsed]
+    return (INVALID if INVALID in values else build(values)), [problem for _, more in parsed for problem in more]
 
 
 def _type_name(schema: Any) -> str:
@@ -253,7 +257,7 @@ def _type_name(schema: Any) -> str:
     return {types.NoneType: "none"}.get(schema, schema.__name__)
 
 
-def _read_file(spec: str) -> ConfigDict:
+def _read_file(spec: str) -> dict[str, Any]:
     """Executes the config file: a config is code, and is trusted as code is."""
     name, _, argument = spec.partition(":")
     path = pathlib.Path(name)
@@ -274,10 +278,17 @@ def _read_file(spec: str) -> ConfigDict:
         raise ConfigError([f"--config={spec}: {where}{error}"]) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError([f"--config={spec}: get_config returned {type(config).__name__}, not a ConfigDict"])
-    return config.copy_and_resolve_references().unlock()
+    return _plain(config)
 
 
-def _apply_override(config: ConfigDict, override: str) -> str | None:
+def _plain(value: Any) -> Any:
+    """Nested dictionaries without references: two stages that share a section in the file do not share it here."""
+    if isinstance(value, ConfigDict):
+        return {name: _plain(value[name]) for name in value}
+    return value
+
+
+def _apply_override(config: dict[str, Any], override: str) -> str | None:
     """Sets `a.b=text` in place, reading the text by the schema's type. Returns the problem, if there is one."""
     dotted, equals, text = override.partition("=")
     path = f"config.{dotted}"
@@ -297,12 +308,13 @@ def _apply_override(config: ConfigDict, override: str) -> str | None:
             schema = typing.get_args(schema)[1]
             if dataclasses.is_dataclass(schema) and name not in section:
                 return f"--{here}: no such name; {nearest_name(name, section)}"
-        else:
-            return f"--{here}: {'.'.join(['config', *names[:depth]])} is {_type_name(schema)}, it has no fields"
-        if depth + 1 < len(names):
-            section = section.get(name)
-            if not isinstance(section, ConfigDict):
-                return f"--{path}: {here} is not set in this config"
+        if depth + 1 == len(names):
+            break
+        if not dataclasses.is_dataclass(_without_none(schema)) and typing.get_origin(schema) is not dict:
+            return f"--{path}: {here} is {_type_name(schema)}, it has no fields"
+        section = section.get(name)
+        if not isinstance(section, dict):
+            return f"--{path}: {here} is not set in this config"
     try:
         section[names[-1]] = _from_text(schema, text)
     except ValueError:
@@ -321,7 +333,10 @@ def _from_text(schema: Any, text: str) -> Any:
     if schema is str or (origin is Literal and all(isinstance(each, str) for each in arguments)):
         return text
     if schema is bool:
-        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
     if schema is int:
         value = float(text) if any(mark in text for mark in ".eE") else int(text.replace("_", ""))
         if value != int(value):
@@ -335,7 +350,7 @@ def _from_text(schema: Any, text: str) -> Any:
         pairs = [part.split(":") for part in text.strip("{}").split(",") if part]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(text)
-        return ConfigDict({name.strip(): _from_text(arguments[1], each) for name, each in pairs})
+        return {name.strip(): _from_text(arguments[1], each) for name, each in pairs}
     if origin is Literal:
         return ast.literal_eval(text)
     raise ValueError(text)

@@ -1,11 +1,12 @@
-"""The vocabulary that configs/*.py are written in: models by architecture, stages, and the size that fits the machine.
+"""The vocabulary that configs/*.py are written in: models, data and stages, and the size that fits the machine.
 
 Every function returns a ConfigDict section of the schema in lightning_jax/config.py that names all of its fields; a
 config file states what is particular to its system and nothing twice.
 """
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -19,85 +20,44 @@ Tokens = int | float  # 1.5e12 reads better than its digits
 # one chunk and what the compiler keeps.
 STATE_SHARE = 0.7
 
+EMBEDDED_VOCABULARY = 4096
+EMBEDDED_MIXTURE = {"text": 0.7, "code": 0.3}  # TinyLlama's ratio of text to code
 
-def minimax(
-    *,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    num_experts: int,
-    vocab_size: int,
-    router_aux_coefficient: float,
-    layer_pattern: tuple[str, ...] = ("lightning",) * 7 + ("softmax",),
-) -> ConfigDict:
-    """The architecture of MiniMax-Text-01 and M1 (arXiv 2501.08313 section 2; released config.json) in any size."""
+
+class Dimensions(NamedTuple):
+    """The sizes that tell models of one architecture apart, as in ModelConfig."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    num_experts: int = 0
+
+
+MINIMAX = {
+    "laptop": Dimensions(128, 8, 4, 2, 32, 192, EMBEDDED_VOCABULARY, num_experts=8),  # ours
+    "1b": Dimensions(1024, 16, 8, 1, 128, 512, 200_064, num_experts=32),  # ours
+    # The paper's proxy for data experiments has 8B parameters, 1B active; its dimensions are undisclosed, ours.
+    "8b": Dimensions(1536, 24, 16, 2, 128, 2048, 200_064, num_experts=32),
+    "456b": Dimensions(6144, 80, 64, 8, 128, 9216, 200_064, num_experts=32),  # published
+}
+LLAMA_LAPTOP = Dimensions(192, 6, 6, 2, 32, 512, EMBEDDED_VOCABULARY)  # ours
+
+
+def llama(dimensions: Dimensions, *, tie_embeddings: bool, initializer: str, initializer_range: float) -> ConfigDict:
+    """A Llama (arXiv 2407.21783 section 3.2): pre-norm, softmax attention, dense SwiGLU."""
     return ConfigDict(
         {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "layer_pattern": layer_pattern,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "rotary_dim": head_dim // 2,
-            "rope_scaling": None,
-            "lightning_norm_eps": 1e-6,
-            "attention_implementation": "auto",
-            "lightning_implementation": "auto",
-            "intermediate_size": intermediate_size,
-            "num_experts": num_experts,
-            "experts_per_token": 2,
-            "expert_dispatch": "auto",
-            "capacity_factor": 1.25,
-            "router_aux_loss": "paper",
-            "router_aux_coefficient": router_aux_coefficient,
-            "norm_placement": "post",
-            "residual_alpha": (2 * num_layers) ** 0.25,
-            "residual_beta": 1.0,
-            "rms_norm_eps": 1e-5,
-            "tie_embeddings": False,
-            "initializer": "deepnorm",
-            "initializer_range": 0.02,
-            "logits_dtype": "float32",
-            **PRECISION_ON_ACCELERATORS,
-        }
-    )
-
-
-def llama(
-    *,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    vocab_size: int,
-    tie_embeddings: bool,
-    initializer: str,
-    initializer_range: float,
-) -> ConfigDict:
-    """A Llama (arXiv 2407.21783 section 3.2) in any size: pre-norm, softmax attention, dense SwiGLU."""
-    return ConfigDict(
-        {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
+            **dimensions._asdict(),
             "layer_pattern": ("softmax",),
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "rotary_dim": head_dim,
+            "rotary_dim": dimensions.head_dim,
             "rope_scaling": None,
             "lightning_norm_eps": 1e-6,
             "attention_implementation": "auto",
             "lightning_implementation": "auto",
-            "intermediate_size": intermediate_size,
-            "num_experts": 0,
             "experts_per_token": 0,
             "expert_dispatch": "auto",
             "capacity_factor": 1.25,
@@ -111,76 +71,22 @@ def llama(
             "initializer": initializer,
             "initializer_range": initializer_range,
             "logits_dtype": "float32",
-            **PRECISION_ON_ACCELERATORS,
         }
     )
 
 
-MINIMAX_VOCABULARY = 200_064
-EMBEDDED_VOCABULARY = 4096
-MINIMAX_SIZES = {
-    "456b": {  # published
-        "hidden_size": 6144,
-        "num_layers": 80,
-        "num_heads": 64,
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 9216,
-        "num_experts": 32,
-        "vocab_size": MINIMAX_VOCABULARY,
-    },
-    "8b": {  # the paper's proxy for data experiments has 8B parameters, 1B active; its dimensions are undisclosed, ours
-        "hidden_size": 1536,
-        "num_layers": 24,
-        "num_heads": 16,
-        "num_kv_heads": 2,
-        "head_dim": 128,
-        "intermediate_size": 2048,
-        "num_experts": 32,
-        "vocab_size": MINIMAX_VOCABULARY,
-    },
-    "1b": {  # ours
-        "hidden_size": 1024,
-        "num_layers": 16,
-        "num_heads": 8,
-        "num_kv_heads": 1,
-        "head_dim": 128,
-        "intermediate_size": 512,
-        "num_experts": 32,
-        "vocab_size": MINIMAX_VOCABULARY,
-    },
-    "laptop": {  # ours
-        "hidden_size": 128,
-        "num_layers": 8,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 192,
-        "num_experts": 8,
-        "vocab_size": EMBEDDED_VOCABULARY,
-    },
-}
-LLAMA_LAPTOP = {  # ours
-    "hidden_size": 192,
-    "num_layers": 6,
-    "num_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 512,
-    "vocab_size": EMBEDDED_VOCABULARY,
-}
-PRECISION_ON_ACCELERATORS = {
-    "param_dtype": "float32",
-    "compute_dtype": "bfloat16",
-    "loss_chunk": 512,
-    "remat": "full",
-}
-PRECISION_ON_CPU = {
-    "param_dtype": "float32",
-    "compute_dtype": "float32",
-    "loss_chunk": 128,
-    "remat": "none",
-}
+def minimax(dimensions: Dimensions, *, router_aux_coefficient: float) -> ConfigDict:
+    """The architecture of MiniMax-Text-01 and M1: arXiv 2501.08313 section 2 and 4.2, and the released config.json."""
+    model = llama(dimensions, tie_embeddings=False, initializer="deepnorm", initializer_range=0.02)
+    model.update(
+        layer_pattern=("lightning",) * 7 + ("softmax",),
+        rotary_dim=dimensions.head_dim // 2,
+        experts_per_token=2,
+        router_aux_coefficient=router_aux_coefficient,
+        norm_placement="post",
+        residual_alpha=(2 * dimensions.num_layers) ** 0.25,
+    )
+    return model
 
 
 def stage(
@@ -292,13 +198,13 @@ def blend(*parts: tuple[float, Mapping[str, float]]) -> dict[str, float]:
     return mixture
 
 
-def files_on_disk(folder: str, corpora: Mapping[str, str], *, vocab_size: int, bos: str, eos: str) -> ConfigDict:
-    """Corpora in `folder`, each a glob of JSON lines with the text in "text", and the tokenizer.json beside them."""
+def files_on_disk(folder: str, corpora: Iterable[str], *, vocab_size: int, bos: str, eos: str) -> ConfigDict:
+    """Corpora in folders of `folder`: JSON lines, compressed, with the text in "text"; and a tokenizer.json there."""
     return ConfigDict(
         {
             "corpora": {
-                name: {"format": "jsonl", "path": f"{folder}/{path}", "split": "", "field": "text"}
-                for name, path in corpora.items()
+                name: {"format": "jsonl", "path": f"{folder}/{name}/*.jsonl.zst", "split": "", "field": "text"}
+                for name in corpora
             },
             "tokenizer": {
                 "kind": "file",
@@ -337,24 +243,38 @@ def embedded() -> ConfigDict:
     )
 
 
-EMBEDDED_MIXTURE = {"text": 0.7, "code": 0.3}  # TinyLlama's ratio of text to code
-
-
 def run(
-    name: str, *, model: ConfigDict, data: ConfigDict, mesh: ConfigDict, stages: Mapping[str, ConfigDict], laptop: bool
+    name: str,
+    *,
+    model: ConfigDict,
+    data: ConfigDict,
+    stages: Mapping[str, ConfigDict],
+    laptop: bool,
+    replicate: bool = False,
+    expert_parallel: int = 1,
+    tensor_parallel: int = 1,
 ) -> ConfigDict:
-    """A whole run, its stages in the order given; saved and evaluated as suits a laptop's minutes or a pod's weeks.
+    """A whole run, its stages in the order given, at home on a laptop for minutes or on accelerators for weeks.
 
-    The model's own rope theta is the last stage's.
+    The model's own rope theta is the last stage's. With `replicate` every device holds all parameters; else they are
+    split over all devices, as many as `expert_parallel` and `tensor_parallel` leave, along the hidden size.
     """
+    precision = {"param_dtype": "float32", "compute_dtype": "bfloat16", "loss_chunk": 512, "remat": "full"}
+    if laptop:
+        precision = {"param_dtype": "float32", "compute_dtype": "float32", "loss_chunk": 128, "remat": "none"}
     return ConfigDict(
         {
             "name": name,
             "size_reason": "",
             "seed": 0,
-            "model": {**model, "rope_theta": stages[list(stages)[-1]].rope_theta},
+            "model": {**model, **precision, "rope_theta": stages[list(stages)[-1]].rope_theta},
             "data": data,
-            "mesh": mesh,
+            "mesh": {
+                "data": -1 if replicate else 1,
+                "fsdp": 1 if replicate else -1,
+                "expert": expert_parallel,
+                "tensor": tensor_parallel,
+            },
             "stages": dict(stages),
             "run_stages": tuple(stages),
             "checkpoints": {
@@ -379,11 +299,6 @@ def run(
     )
 
 
-def mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> ConfigDict:
-    """Devices per axis of parallelism; -1 takes all that are left."""
-    return ConfigDict({"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor})
-
-
 def select(
     argument: str, sizes: Sequence[str], recipes: Sequence[str], build: Callable[[str, str], ConfigDict]
 ) -> ConfigDict:
@@ -393,18 +308,17 @@ def select(
     smallest up, that fits this machine. Raises UserError for a name that is neither.
     """
     names = [name for name in argument.split(",") if name]
-    unknown = [name for name in names if name not in (*sizes, *recipes)]
-    if unknown:
-        raise UserError(
-            f"{unknown[0]!r} is neither a size nor a recipe; {nearest_name(unknown[0], [*sizes, *recipes])}"
-        )
-    chosen = {kind: [name for name in names if name in valid] for kind, valid in (("size", sizes), ("recipe", recipes))}
-    for kind, names in chosen.items():
-        if len(names) > 1:
-            raise UserError(f"{argument!r} names more than one {kind}; take one of {', '.join(names)}")
-    recipe = chosen["recipe"][0] if chosen["recipe"] else recipes[0]
-    if chosen["size"]:
-        size, reason = chosen["size"][0], f"{chosen['size'][0]}: asked for"
+    for name in names:
+        if name not in (*sizes, *recipes):
+            raise UserError(f"{name!r} is neither a size nor a recipe; {nearest_name(name, (*sizes, *recipes))}")
+    asked_sizes = [name for name in names if name in sizes]
+    asked_recipes = [name for name in names if name in recipes]
+    for kind, asked in (("size", asked_sizes), ("recipe", asked_recipes)):
+        if len(asked) > 1:
+            raise UserError(f"{argument!r} names more than one {kind}; take one of {', '.join(asked)}")
+    (recipe,) = asked_recipes or recipes[:1]
+    if asked_sizes:
+        size, reason = asked_sizes[0], f"{asked_sizes[0]}: asked for"
     else:
         size, reason = largest_fitting({size: build(size, recipe) for size in sizes}, jax.devices())
     config = build(size, recipe)
@@ -415,21 +329,20 @@ def select(
 def largest_fitting(configs: Mapping[str, ConfigDict], devices: Sequence[jax.Device]) -> tuple[str, str]:
     """The last of `configs`, from the smallest up, that fits the devices and whose data are here, and why in one line.
 
-    Weights, Adam's moments and gradients, split over all devices, may take STATE_SHARE of their memory. Devices that
-    do not tell their memory, as CPUs, take "laptop". Raises UserError where nothing fits.
+    Weights, Adam's moments and gradients, on each device or split over all, may take STATE_SHARE of the memory.
+    Devices that do not tell their memory, as CPUs, take "laptop". Raises UserError where nothing fits.
     """
     local = next(device for device in devices if device.process_index == jax.process_index())
     machine = f"{len(devices)} x {local.device_kind}"
     limit = (local.memory_stats() or {}).get("bytes_limit")
     if local.platform == "cpu" or limit is None:
         return "laptop", f"laptop: {machine}, no accelerator"
-    memory = limit * len(devices)
-    obstacles = {name: _obstacle(config, memory) for name, config in configs.items()}
+    obstacles = {name: _obstacle(config, limit, len(devices)) for name, config in configs.items()}
     fitting = [name for name, obstacle in obstacles.items() if not obstacle]
     if not fitting:
         raise UserError(f"no size fits {machine}: " + "; ".join(f"{name} {why}" for name, why in obstacles.items()))
     larger = list(configs)[list(configs).index(fitting[-1]) + 1 :]
-    reason = f"{fitting[-1]}: the largest for {machine}, {memory / 2**30:.0f} GiB"
+    reason = f"{fitting[-1]}: the largest for {machine} of {limit / 2**30:.0f} GiB"
     return fitting[-1], "; ".join([reason, *(f"{name} {obstacles[name]}" for name in larger)])
 
 
@@ -442,10 +355,10 @@ def training_bytes(config: ConfigDict) -> int:
     return 2 * model.weight_bytes(model.param_dtype) + moments
 
 
-def _obstacle(config: ConfigDict, memory: int) -> str:
-    """What keeps `config` from this machine, "" for nothing."""
+def _obstacle(config: ConfigDict, limit: int, num_devices: int) -> str:
+    """What keeps `config` from so many devices of `limit` bytes each, "" for nothing."""
     needed = training_bytes(config)
-    if needed > STATE_SHARE * memory:
+    if needed > STATE_SHARE * limit * (1 if config.mesh.data == -1 else num_devices):
         return f"needs {needed / 2**30:.0f} GiB for weights, moments and gradients"
     paths = [corpus.path for corpus in config.data.corpora.values() if corpus.format != "embedded"]
     missing = [path for path in [*paths, config.data.tokenizer.path] if path and not glob.glob(path)]

@@ -1,6 +1,5 @@
 """The stages of a run, placed one after the other on the run's count of steps and tokens."""
 
-import zlib
 from dataclasses import dataclass
 
 from lightning_jax.config import RunConfig, StageConfig
@@ -20,10 +19,6 @@ class Stage:
     @property
     def last_step(self) -> int:
         return self.first_step + self.batch_sizes.num_steps
-
-    def seed(self, run_seed: int) -> int:
-        """A seed of this stage's own, so that a corpus is not read in the order of an earlier stage again."""
-        return zlib.crc32(f"{run_seed} {self.name}".encode())
 
     def tokens_before(self, step: int) -> int:
         """Tokens that the run has consumed before its step `step`, a step of this stage or the one after its last."""

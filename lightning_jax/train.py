@@ -10,10 +10,11 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +23,11 @@ import numpy as np
 from flax import nnx
 
 from lightning_jax import parallel
-from lightning_jax.checkpoints import Checkpoints, run_lock
+from lightning_jax.checkpoints import Checkpoints, restore_newest, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.generation import sample
-from lightning_jax.input_pipeline import GlobalBatches, validation_batches
+from lightning_jax.input_pipeline import GlobalBatches, cache_folder, validation_batches
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.models import HybridLM
 from lightning_jax.objectives import NextToken
@@ -101,69 +102,84 @@ class Trainer:
         """
         lock = run_lock(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
         with lock, contextlib.ExitStack() as stack:
-            early: list[str] = []
-            self._say = early.append  # until there is a console, which needs the history that a restore leaves
-            checkpoints = stack.enter_context(
-                Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=lambda line: self._say(line))
-            )
-            state, origin = self._restore_or_create(checkpoints)
+            checkpoints, state = self._open(stack)
             first_step = int(state.step)
-            resumed = first_step if origin == "resume" else None
-            (self.folder / "config.json").write_text(self.config.to_json() + "\n")
-            self.writer = stack.enter_context(
-                MetricsWriter(self.folder, resume_step=resumed, tensorboard=self.config.metrics.tensorboard)
-            )
-            last = self.stages[-1]
-            self.console = Console(
-                total_steps=last.last_step,
-                total_tokens=last.tokens_before(last.last_step),
-                flops_convention=self.config.metrics.flops_convention,
-                history=read_metrics(self.folder / "metrics.jsonl"),
-            )
-            stack.callback(self.console.close)
-            self._say = self.console.say
-            self.console.header(f"lightning_jax: {self.config.name}", describe(self.config, self.stages, self.folder))
-            for line in early:
-                self._say(line)
-                self.writer.event("checkpoint", line, step=first_step)
-            self.data = open_data(self.config, self._say)
-            record_run(self.config, self.stages, self.data, self.folder, first_step)
-            self.writer.event("resume" if resumed is not None else "start", f"at step {first_step}", step=first_step)
-            self.timer = StepTimer()
             try:
                 with stop_requests() as stop:
                     for stage in self.stages:
                         if int(state.step) < stage.last_step and not stop:
                             state = self._train_stage(stage, state, checkpoints, stop)
-                step = int(state.step)
-                if stop:
-                    self.writer.event("preempted", f"{stop.signal.name}: saved at step {step}", step=step)
-                elif step > first_step:
-                    self.writer.event("finish", f"after step {step}", step=step)
                 checkpoints.wait()
-            finally:
-                report = write_report(self.folder) if jax.process_index() == 0 else None
-        if stop:
-            self._say(f"stopped and saved at step {step}; the same command goes on from there; report: {report}")
-        else:
-            self._say(f"complete: {step} steps; report: {report}; for another run give another --workdir")
+            except NonFiniteError:
+                self._write_report()
+                raise
+            step = int(state.step)
+            if stop:
+                self.writer.event("preempted", f"{stop.signal.name}: saved at step {step}", step=step)
+                self._write_report()
+                self._say(f"stopped and saved at step {step:,}; the same command goes on from there")
+            else:
+                if step > first_step:
+                    self.writer.event("finish", f"after step {step}", step=step)
+                self._write_report()
+                self._say(f"complete after {step:,} steps; for another run give another --workdir")
         return stop.exit_code
 
-    def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, str]:
-        """The state to go on with, and whether it is that of a "resume", an "init_from" or a fresh "start"."""
+    def _open(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, TrainState]:
+        """Restores or begins, and opens everything that the stages share."""
+        early: list[str] = []
+        self._say = early.append  # until there is a console, which needs the history that a restore leaves
+        checkpoints = stack.enter_context(
+            Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=lambda line: self._say(line))
+        )
+        state, resumed = self._restore_or_create(checkpoints)
+        step = int(state.step)
+        (self.folder / "config.json").write_text(self.config.to_json() + "\n")
+        self.writer = stack.enter_context(
+            MetricsWriter(
+                self.folder, resume_step=step if resumed else None, tensorboard=self.config.metrics.tensorboard
+            )
+        )
+        last = self.stages[-1]
+        self.console = Console(
+            total_steps=last.last_step,
+            total_tokens=last.tokens_before(last.last_step),
+            flops_convention=self.config.metrics.flops_convention,
+            history=read_metrics(self.folder),
+        )
+        stack.callback(self.console.close)
+        stack.enter_context(_announced(self.console))
+        self._say = self.console.say
+        self.console.header(f"lightning_jax: {self.config.name}", describe(self.config, self.stages, self.folder))
+        for line in early:
+            self._say(line)
+            self.writer.event("checkpoint", line, step=step)
+        self.data = open_data(self.config, self._say)
+        record_run(self.config, self.stages, self.data, self.folder, step)
+        self.writer.event("resume" if resumed else "start", f"at step {step}", step=step)
+        self.timer = StepTimer()
+        return checkpoints, state
+
+    def _write_report(self) -> None:
+        if jax.process_index() == 0:
+            self._say(f"report: {write_report(self.folder)}")
+
+    def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
+        """The state to go on with, and whether this run had saved it."""
         if restored := checkpoints.restore(self._abstract_state):
             self._check_same_config(restored.metadata["config"])
             self._say(f"resumed from the checkpoint of step {restored.step}")
-            return restored.state, "resume"
+            return restored.state, True
         state = parallel.create_sharded(self._create, self.mesh)
         if self.init_from is None:
-            return state, "start"
-        with Checkpoints(self.init_from / "checkpoints", self.config.checkpoints, say=self._say) as others:
-            restored = others.restore(self._abstract_state)
+            return state, False
+        restored = restore_newest(
+            self.init_from / "checkpoints", {"params": self._abstract_state.params}, say=self._say, partial=True
+        )
         if restored is None:
             raise ConfigError([f"--init_from={self.init_from}: there is no checkpoint in this folder"])
         self._say(f"parameters from step {restored.step} of {self.init_from}")
-        return state._replace(params=restored.state.params), "init_from"
+        return state._replace(params=restored.state["params"]), False
 
     def _check_same_config(self, saved: dict[str, Any]) -> None:
         changes = differences(saved, json.loads(self.config.to_json()), ignore=FREE_TO_CHANGE)
@@ -176,19 +192,14 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
-        batches = GlobalBatches(
-            {name: corpus.train for name, corpus in self.data.corpora.items()},
-            stage.config.mixture,
-            stage.batch_sizes,
-            stage.config.context_length,
-            seed=stage.seed(self.config.seed),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        batches = self._batches(stage)
         evaluate = self._evaluation(stage)
         first_step = int(state.step)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
-        self._say(f"stage {stage.name}: {steps}, context {stage.config.context_length:,}")
+        passes = ", ".join(f"{name} {passes:.2f}" for name, passes in batches.epochs(len(batches)).items())
+        self._say(
+            f"stage {stage.name}: {steps}, context {stage.config.context_length:,}; passes over the corpora: {passes}"
+        )
         train_steps: dict[int, Callable] = {}  # by rows of the batch
         unreported: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.closing(batches.iterator(first_step - stage.first_step)) as iterator:
@@ -226,6 +237,25 @@ class Trainer:
                 if stopping:
                     break
         return state
+
+    def _batches(self, stage: Stage) -> GlobalBatches:
+        """The batches of a stage, which reads each corpus on from where stages that cut it into equal rows left it."""
+        rows_before: dict[str, int] = {}
+        for each in self.stages[: self.stages.index(stage) + 1]:
+            if _cut(each) != _cut(stage):
+                continue
+            batches = GlobalBatches(
+                {name: corpus.train for name, corpus in self.data.corpora.items()},
+                each.config.mixture,
+                each.batch_sizes,
+                each.config.context_length,
+                seed=self.config.seed,
+                rows_before=rows_before,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            rows_before |= batches.row_counts(len(batches))
+        return batches
 
     def _train_step(self, stage: Stage, rows: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
         step = make_train_step(
@@ -299,8 +329,8 @@ class Trainer:
         self.writer.event("skipped_step", line, step=step)
         if skipped >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"stopped at step {step}: {skipped} steps in a row were not finite; their batches are in {path.parent}; "
-                "lower the learning rate or look at the data"
+                f"stopped at step {step}: {skipped} steps in a row were not finite; lower the learning rate or look at "
+                f"the data: their batches are in {path.parent}"
             )
 
     def _write_samples(self, stage: Stage, state: TrainState) -> None:
@@ -334,6 +364,29 @@ class Trainer:
         return {name: jax.make_array_from_process_local_data(self._rows, array) for name, array in batch.items()}
 
 
+def _keep_compiled_programs(folder: pathlib.Path) -> None:
+    """Lets a run that goes on, or is made again, start without compiling; the user's own setting comes first."""
+    if jax.config.jax_compilation_cache_dir is None:
+        # What lies in it is executed, so nobody else may write there.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def _announced(console: Console) -> Iterator[None]:
+    """Inside, log messages of this package and its libraries are announcements of the console."""
+    handler = console.log_handler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def _cut(stage: Stage) -> tuple[int, str]:
+    return stage.config.context_length, stage.config.mixture.packing
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 for a user's mistake, 1 where training diverged."""
     parser = argparse.ArgumentParser(prog="python -m lightning_jax.train", description="Trains, or goes on training.")
@@ -343,6 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
         folder = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
+        _keep_compiled_programs(cache_folder(config.data) / "compiled")
         trainer = Trainer(config, folder, init_from=options.init_from, change_config=options.change_config)
         try:
             return trainer.train()

@@ -27,7 +27,7 @@ def arguments(folder: pathlib.Path, workdir: str, **more: object) -> list[str]:
     overrides: dict[str, object] = {
         "model.vocab_size": 512,
         "model.hidden_size": 32,
-        "model.num_layers": 5,
+        "model.num_layers": 3,
         "model.layer_pattern": "lightning,lightning,softmax",
         "model.num_heads": 2,
         "model.num_kv_heads": 1,

@@ -45,12 +45,12 @@ class ArrayFiles:
         self._handler.finalize(epath.Path(folder))
 
     def read(self, folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The arrays in the given shapes, dtypes and shardings. Raises DamagedError where the files lack them."""
+        """Those arrays, in the given shapes, dtypes and shardings. Raises DamagedError where the files lack them."""
         restore_args = {
             path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for path, leaf in shapes.items()
         }
-        args = ocp.args.PyTreeRestore(item=dict(shapes), restore_args=restore_args)
+        args = ocp.args.PyTreeRestore(item=dict(shapes), restore_args=restore_args, partial_restore=True)
         try:
             return self._handler.restore(epath.Path(folder), args=args)
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):

@@ -26,7 +26,7 @@ from lightning_jax.checkpoints import processes, state_tree
 from lightning_jax.checkpoints.array_files import ArrayFiles, one_line
 from lightning_jax.checkpoints.config import CheckpointConfig
 from lightning_jax.checkpoints.fingerprint import fingerprints
-from lightning_jax.checkpoints.manifest import CheckpointError, Leaf, Manifest, file_sizes, sync_folder, sync_tree
+from lightning_jax.checkpoints.manifest import CheckpointError, Leaf, Manifest, files_in, sync_folder, sync_tree
 from lightning_jax.checkpoints.restoring import ARRAYS, Restored, committed_steps, restore_newest
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Checkpoints:
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={"python": python_version(), **{name: version(name) for name in _LIBRARIES}},
             leaves={path: Leaf(*shape, fingerprint=fingerprint.get(path, "")) for path, shape in shapes.items()},
-            files=file_sizes(folder),
+            files=files_in(folder),
             metadata=metadata,
         ).write(folder)
         folder.rename(self.folder / str(step))
@@ -189,15 +189,18 @@ class Checkpoints:
         steps = committed_steps(self.folder)
         for step in set(steps) - self.config.keeps(steps):
             doomed = self.folder / f"{step}{DELETING}"
-            (self.folder / str(step)).rename(doomed)
-            sync_folder(self.folder)
-            shutil.rmtree(doomed)
+            try:
+                (self.folder / str(step)).rename(doomed)
+                sync_folder(self.folder)
+                shutil.rmtree(doomed)
+            except OSError as error:  # the new checkpoint is none the worse
+                logger.warning("checkpoint %d, no longer needed, could not be deleted: %s", step, error)
 
     def _remove_leftovers(self) -> None:
         for pattern in (f"*{SAVING}", f"*{DELETING}"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
-                logger.info("removed %s, left by an interrupted run", leftover)
+                logger.info("removed %s, left by a save or a deletion that did not end", leftover)
 
     def _finish_pending(self) -> None:
         if not self._pending:

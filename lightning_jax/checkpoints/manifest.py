@@ -3,15 +3,19 @@
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_jax.errors import UserError
+
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+_SMALL_FILE = 65536  # bytes
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used as asked; the message is one line that says why and what to do."""
 
 
@@ -30,12 +34,23 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class File:
+    size: int  # bytes
+    crc32: int | None  # of a small file: the index and Orbax's metadata, which no fingerprint covers
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        size = path.stat().st_size
+        return cls(size, zlib.crc32(path.read_bytes()) if size <= _SMALL_FILE else None)
+
+
+@dataclass(frozen=True)
 class Manifest:
     step: int
     saved_at: str  # UTC, ISO 8601
     versions: dict[str, str]  # of the libraries that wrote it
     leaves: dict[str, Leaf]  # by path in the state
-    files: dict[str, int]  # size in bytes by path in the checkpoint's folder
+    files: dict[str, File]  # by path in the checkpoint's folder
     metadata: dict[str, Any]  # the caller's: whatever JSON holds
 
     def write(self, folder: Path) -> None:
@@ -62,21 +77,24 @@ class Manifest:
         if (written := body.pop("format")) != FORMAT:
             raise CheckpointError(f"{folder} has checkpoint format {written}; this version reads format {FORMAT}")
         leaves = {path: Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for path, leaf in body.pop("leaves").items()}
-        return cls(leaves=leaves, **body)
+        files = {name: File(**file) for name, file in body.pop("files").items()}
+        return cls(leaves=leaves, files=files, **body)
 
     def check_files(self, folder: Path) -> None:
-        """Raises DamagedError where a file is missing or has another size."""
-        for name, size in self.files.items():
+        """Raises DamagedError where a file is missing, has another size or, where it is small, another content."""
+        for name, saved in self.files.items():
             try:
-                found = (folder / name).stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
+                found = File.of(folder / name)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise DamagedError(f"file {name} is missing") from None
-            if found != size:
-                raise DamagedError(f"file {name} has {found} bytes, not {size}")
+            if found.size != saved.size:
+                raise DamagedError(f"file {name} has {found.size} bytes, not {saved.size}")
+            if found.crc32 != saved.crc32:
+                raise DamagedError(f"file {name} was altered")
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+def files_in(folder: Path) -> dict[str, File]:
+    return {str(path.relative_to(folder)): File.of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Reading a checkpoint: from the newest step down to the newest that verifies, leaf by leaf.
 
-A checkpoint is damaged when its manifest is missing or altered, a file is missing or has another size, its arrays
-cannot be read, or an array read has another fingerprint than the one computed on the devices when it was saved. A
+A checkpoint is damaged when its manifest is missing or altered, a file is missing or has another size or index, its
+arrays cannot be read, or an array has another fingerprint than the one computed on the devices when it was saved. A
 damaged checkpoint costs one line and the steps since the one before it; a checkpoint of another model is an error.
 """
 
@@ -16,7 +16,7 @@ import jax
 from lightning_jax.checkpoints import processes, state_tree
 from lightning_jax.checkpoints.array_files import ArrayFiles
 from lightning_jax.checkpoints.fingerprint import fingerprints
-from lightning_jax.checkpoints.manifest import CheckpointError, DamagedError, Manifest, sync_folder
+from lightning_jax.checkpoints.manifest import CheckpointError, DamagedError, Leaf, Manifest, sync_folder
 
 ARRAYS = "arrays"  # Orbax's folder in that of a step
 REJECTED = ".rejected"
@@ -30,7 +30,12 @@ class Restored:
 
 
 def restore_newest(
-    folder: Path, abstract_state: Any, *, say: Callable[[str], None], set_aside: bool = False
+    folder: Path,
+    abstract_state: Any,
+    *,
+    say: Callable[[str], None],
+    partial: bool = False,
+    set_aside: bool = False,
 ) -> Restored | None:
     """The newest checkpoint under `folder` that verifies, or None where none was ever written.
 
@@ -38,6 +43,7 @@ def restore_newest(
         abstract_state: the state to restore into: a pytree of jax.ShapeDtypeStruct, with shardings where the arrays
             shall not be on the default device. Any mesh and number of devices will do.
         say: takes one line for every step that was rejected.
+        partial: leave what `abstract_state` does not have in the checkpoint, e.g. read the parameters alone.
         set_aside: rename rejected steps to `<step>.rejected`; only the run that writes the folder may.
 
     Raises:
@@ -45,7 +51,7 @@ def restore_newest(
     """
     leaves = state_tree.named_leaves(abstract_state)
     tell = say if processes.is_primary() else lambda line: None
-    rejected = []
+    rejected: list[int] = []
     for step in sorted(committed_steps(folder), reverse=True):
         reason = ""
         try:
@@ -53,8 +59,11 @@ def restore_newest(
         except DamagedError as damage:
             reason = str(damage)
         if processes.all_agree(not reason):
-            if difference := first_difference(manifest.leaves, leaves):
-                raise CheckpointError(f"checkpoint {step} in {folder} is of another model: {difference}")
+            if difference := first_difference(manifest.leaves, leaves, partial):
+                raise CheckpointError(
+                    f"checkpoint {step} in {folder} is of another model: {difference}; use the configuration it was "
+                    "saved with, or another folder"
+                )
             try:
                 arrays = ArrayFiles().read(folder / str(step) / ARRAYS, state_tree.stored_shapes(leaves))
             except DamagedError as damage:
@@ -68,10 +77,10 @@ def restore_newest(
             return Restored(step, state, manifest.metadata)
         rejected.append(step)
         tell(f"checkpoint {step} rejected: {reason or 'another process could not read it'}")
-    if rejected or any(folder.glob(f"*{REJECTED}*")):
+    if count := len(rejected) + len(list(folder.glob(f"*{REJECTED}*"))):
         raise CheckpointError(
-            f"no checkpoint in {folder} can be used ({len(rejected)} rejected); restore one from a copy, or move the "
-            "folder away to start from step 0"
+            f"no checkpoint in {folder} can be used ({count} rejected); restore one from a copy, or move the folder "
+            "away to start from step 0"
         )
     return None
 
@@ -100,7 +109,7 @@ def read_manifest(folder: Path, step: int) -> Manifest:
     return manifest
 
 
-def first_difference(saved: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+def first_difference(saved: Mapping[str, Leaf], expected: Mapping[str, jax.ShapeDtypeStruct], partial: bool) -> str:
     """The first leaf that differs between a manifest and an abstract state, in words; empty where none does."""
     for path, leaf in expected.items():
         shape = f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
@@ -108,9 +117,9 @@ def first_difference(saved: Mapping[str, Any], expected: Mapping[str, jax.ShapeD
             return f"it has no {path}, which is {shape} here"
         if str(saved[path]) != shape:
             return f"{path} is {saved[path]} there and {shape} here"
-    for path, leaf in saved.items():
-        if path not in expected:
-            return f"it has {path}, {leaf}, which is not here"
+    for path, there in saved.items():
+        if path not in expected and not partial:
+            return f"it has {path}, {there}, which is not here"
     return ""
 
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lightning_jax.checkpoints.manifest import CheckpointError
+from lightning_jax.errors import UserError
 
 LOCK = "run.lock"
 
 _held: set[int] = set()  # descriptors of the locks this process holds
 
 
-class RunLockError(CheckpointError):
+class RunLockError(UserError):
     """Another process runs in the same folder."""
 
 

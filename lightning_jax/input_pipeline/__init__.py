@@ -5,7 +5,7 @@ from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig, Mixtur
 from lightning_jax.input_pipeline.errors import DataError
 from lightning_jax.input_pipeline.mixture import Mixture, MixtureError
 from lightning_jax.input_pipeline.packing import Batch, BestFitRows, PackingError, SplitRows
-from lightning_jax.input_pipeline.prepare import PreparedCorpus, Progress, prepare, prepare_tokenizer
+from lightning_jax.input_pipeline.prepare import PreparedCorpus, Progress, cache_folder, prepare, prepare_tokenizer
 from lightning_jax.input_pipeline.statistics import unigram_cross_entropy
 from lightning_jax.input_pipeline.token_store import TokenStore, TokenStoreWriter
 from lightning_jax.input_pipeline.tokenizers import Tokenizer, encode
@@ -29,6 +29,7 @@ __all__ = [
     "TokenStoreWriter",
     "Tokenizer",
     "TokenizerConfig",
+    "cache_folder",
     "encode",
     "prepare",
     "prepare_tokenizer",

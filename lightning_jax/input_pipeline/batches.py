@@ -6,6 +6,7 @@ is read pass by pass, every pass in a shuffled order of its own; the batch of a 
 Shapes: B rows of this host, T tokens of a row.
 """
 
+import types
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -48,6 +49,8 @@ class GlobalBatches:
       batch_sizes: rows of each step.
       context_length: T.
       seed: decides the order of corpora and of the rows of each.
+      rows_before: rows of each corpus that were read already, by an earlier stage of the same context length and
+        packing: this one reads on from there. From `row_counts` of that stage.
       process_index, process_count: which host this is, of how many.
 
     Raises:
@@ -63,6 +66,7 @@ class GlobalBatches:
         context_length: int,
         *,
         seed: int,
+        rows_before: Mapping[str, int] = types.MappingProxyType({}),
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -72,6 +76,7 @@ class GlobalBatches:
             _host_slice(rows, process_index, process_count)
         self._mixture = Mixture(mixture, stores.keys(), batch_sizes.first_row(batch_sizes.num_steps), seed)
         self._corpora = [_PACKINGS[mixture.packing](stores[name], context_length) for name in self._mixture.names]
+        self._rows_before = [rows_before.get(name, 0) for name in self._mixture.names]
         self._keys = [fold_key("rows", seed, name) for name in self._mixture.names]
         self._batch_sizes = batch_sizes
         self._context_length = context_length
@@ -87,22 +92,27 @@ class GlobalBatches:
         part = _host_slice(self._batch_sizes.rows(step), *self._process)
         corpus_B, row_B = self._mixture.rows(self._batch_sizes.first_row(step) + part.start, part.stop - part.start)
         batch: Batch = {}
-        for index, (rows, key) in enumerate(zip(self._corpora, self._keys, strict=True)):
+        for index, (rows, before, key) in enumerate(zip(self._corpora, self._rows_before, self._keys, strict=True)):
             places = np.flatnonzero(corpus_B == index)
             if not len(places):
                 continue
-            for name, array in rows.take(shuffled(row_B[places], len(rows), key)).items():
+            for name, array in rows.take(shuffled(before + row_B[places], len(rows), key)).items():
                 whole = batch.setdefault(name, np.empty((len(corpus_B), self._context_length), array.dtype))
                 whole[places] = array
         return batch
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """Passes over each corpus that the steps before `step` made."""
+    def row_counts(self, step: int) -> dict[str, int]:
+        """Rows of each corpus read before `step`, those of `rows_before` included."""
         counts = self._mixture.counts(self._batch_sizes.first_row(step))
         return {
-            name: float(count) / len(rows)
-            for name, count, rows in zip(self._mixture.names, counts, self._corpora, strict=True)
+            name: before + int(count)
+            for name, before, count in zip(self._mixture.names, self._rows_before, counts, strict=True)
         }
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over each corpus made before `step`."""
+        lengths = dict(zip(self._mixture.names, map(len, self._corpora), strict=True))
+        return {name: count / lengths[name] for name, count in self.row_counts(step).items()}
 
     def iterator(self, first_step: int) -> grain.DatasetIterator:
         """The batches from `first_step` to the last, read ahead by threads. The caller closes it."""

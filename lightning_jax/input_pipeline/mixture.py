@@ -50,7 +50,7 @@ class Mixture:
         self.names = tuple(sorted(name for name in config.start if config.start[name] or config.end[name]))
         self._shares = [
             _Share(
-                # fsum does not depend on the order in which a config names its corpora.
+                # fsum is exact: the order of names in the config and the Python version make no difference.
                 start=config.start[name] / math.fsum(config.start.values()),
                 end=config.end[name] / math.fsum(config.end.values()),
                 num_rows=num_rows,

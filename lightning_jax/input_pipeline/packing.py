@@ -212,7 +212,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return row_of_item
 
 
-_INDEX_FILES = {"start": np.dtype("<i8"), "length": np.dtype("<i4"), "row_end": np.dtype("<i8")}
+_INDEX_FILES: dict[str, np.dtype] = {"start": np.dtype("<i8"), "length": np.dtype("<i4"), "row_end": np.dtype("<i8")}
 
 
 def _pack_windows(offsets: np.ndarray, context_length: int, window: int) -> Iterator[dict[str, np.ndarray]]:

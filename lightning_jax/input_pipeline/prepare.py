@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.input_pipeline.config import DataConfig
-from lightning_jax.input_pipeline.errors import SourceError, TokenizerError, TokenStoreError
+from lightning_jax.input_pipeline.errors import DataError, SourceError, TokenizerError, TokenStoreError
 from lightning_jax.input_pipeline.readers import Record
 from lightning_jax.input_pipeline.sources import RecordReport, Source, fingerprint, open_source, read_documents
 from lightning_jax.input_pipeline.token_store import FORMAT_VERSION, TokenStore, TokenStoreWriter
@@ -143,10 +143,13 @@ def _trained_tokenizer(config: DataConfig) -> FileTokenizer:
         + [settings.vocab_size, settings.bos, settings.eos, config.validation_fraction, _SAMPLE_BYTES, FORMAT_VERSION]
     )
     path = cache_folder(config) / "tokenizers" / f"{key[:16]}.json"
+    open_cached = functools.partial(FileTokenizer.open, path, bos=settings.bos, eos=settings.eos)
+    # Missing or damaged: the same corpora give the same tokenizer again.
+    with contextlib.suppress(TokenizerError):
+        return open_cached()
     with _lock(path):
-        if path.exists():
-            with contextlib.suppress(TokenizerError):  # damaged: the same corpora give the same tokenizer again
-                return FileTokenizer.open(path, bos=settings.bos, eos=settings.eos)
+        with contextlib.suppress(TokenizerError):
+            return open_cached()
         logger.info("training a tokenizer of %d tokens on %s", settings.vocab_size, ", ".join(sources))
         texts = (text for name, source in sources.items() for text in _sample(name, source, config, len(sources)))
         tokenizer = train_tokenizer(texts, settings)
@@ -196,11 +199,14 @@ def _prepare_corpus(
         ]
     )
     folder = cache_folder(config) / "corpora" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{key[:16]}"
+    # What is whole needs no lock: a folder gets its name when it is finished. So a read-only cache serves many hosts.
+    with contextlib.suppress(TokenStoreError):
+        return _open_prepared(name, folder, tokenizer)
     with _lock(folder):
-        if folder.exists():
-            try:
-                return _open_prepared(name, folder, tokenizer)
-            except TokenStoreError as error:
+        try:
+            return _open_prepared(name, folder, tokenizer)
+        except TokenStoreError as error:
+            if folder.exists():
                 logger.warning("%s; preparing it again", str(error).partition(";")[0])
         _build(name, config, tokenizer, source, folder, processes, progress)
         return _open_prepared(name, folder, tokenizer)
@@ -272,7 +278,9 @@ def _build_part(
             train.append_documents(tokens[~of_held_out], lengths[~held_out])
             validation.append_documents(tokens[of_held_out], lengths[held_out])
             on_batch(len(batch), len(tokens))
-    (folder / _REPORT).write_text(json.dumps(report.to_json()), encoding="utf-8")
+    partial = folder / "report.partial"
+    partial.write_text(json.dumps(report.to_json()), encoding="utf-8")
+    partial.rename(folder / _REPORT)
     return report.documents, train.num_tokens + validation.num_tokens
 
 
@@ -281,6 +289,7 @@ def _put_together(name: str, parts: list[Path], tokenizer: Tokenizer, source: So
     for part in parts:
         report.add(RecordReport.from_json(json.loads((part / _REPORT).read_text(encoding="utf-8"))))
     partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for split in _SPLITS:
         with _writer(partial / split, tokenizer) as writer:
             writer.source = {
@@ -291,7 +300,8 @@ def _put_together(name: str, parts: list[Path], tokenizer: Tokenizer, source: So
             for part in parts:
                 writer.append_store(TokenStore.open(part / split))
         if split == "train" and not writer.num_tokens:
-            raise SourceError(f"data.corpora.{name}: no document to train on: {report}")
+            why = "data.validation_fraction holds out all there are" if report.documents else str(report)
+            raise SourceError(f"data.corpora.{name}: no document to train on: {why}")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -338,11 +348,17 @@ def _tokenize_in_one_thread() -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Lets one process at a time work on `path`; the kernel frees the lock of a process that dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: {path.parent}: {error.strerror}; name a folder to write to") from None
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             logger.info("%s: another process is preparing it; waiting", path.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -73,7 +73,7 @@ class RecordReport:
 class Source:
     """The records of a corpus, in parts."""
 
-    fingerprint: str  # changes when the records may have changed
+    fingerprint: str  # changes when the records, or where they are cut into parts, may have changed
     parts: Sequence[Any]  # picklable, like `read`
     read: Callable[[Any], Iterator[Record]]  # the records of a part
     describe: Callable[[], str]  # what it is, for people
@@ -161,7 +161,11 @@ def _file_source(corpus: CorpusConfig, max_document_bytes: int) -> Source:
     sizes = [each.st_size for each in status]
     return Source(
         fingerprint=fingerprint(
-            [[os.path.abspath(file), each.st_size, each.st_mtime_ns] for file, each in zip(files, status, strict=True)]
+            [_PART_BYTES]
+            + [
+                [os.path.abspath(file), each.st_size, each.st_mtime_ns]
+                for file, each in zip(files, status, strict=True)
+            ]
         ),
         parts=_group(files, sizes),
         read=functools.partial(_read_files, corpus.format, corpus.field, max_document_bytes),
@@ -220,7 +224,9 @@ def _tfds_source(corpus: CorpusConfig) -> Source:
     files = sorted(path for path in Path(builder.data_path).iterdir() if path.is_file())
     starts = range(0, len(data), _PART_RECORDS)
     return Source(
-        fingerprint=fingerprint([name, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]),
+        fingerprint=fingerprint(
+            [_PART_RECORDS, name, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+        ),
         parts=[range(start, min(start + _PART_RECORDS, len(data))) for start in starts],
         read=functools.partial(_read_tfds, data, name, corpus.field),
         describe=lambda: f"{name}, {len(data):,} records",

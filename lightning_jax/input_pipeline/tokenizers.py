@@ -4,6 +4,7 @@ There is no padding token: padding is a matter of the rows, marked by segment id
 like a special token inside a document ("</s>") is text like any other.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ class FileTokenizer:
     """A Hugging Face tokenizer.json, by the `tokenizers` library and its threads.
 
     Args:
-      backend: the library's tokenizer.
+      definition: the content of the tokenizer.json; its hash is the fingerprint, whatever the library's version.
       name: what errors call it.
       bos, eos: tokens of its vocabulary, "" for none.
 
@@ -84,10 +85,12 @@ class FileTokenizer:
       TokenizerError: `bos` or `eos` is not in the vocabulary.
     """
 
-    def __init__(self, backend: Backend, name: str, *, bos: str, eos: str):
-        self._backend = backend
-        self._name, self._bos, self._eos = name, bos, eos
-        self._definition = backend.to_str()
+    def __init__(self, definition: str, name: str, *, bos: str, eos: str):
+        self._definition, self._name, self._bos, self._eos = definition, name, bos, eos
+        try:
+            self._backend = backend = Backend.from_str(definition)
+        except Exception as error:  # the library raises Exception itself
+            raise TokenizerError(f"data.tokenizer.path: {name}: not a tokenizer.json: {error}") from None
         vocabulary = backend.get_vocab(with_added_tokens=True)
         # A vocabulary may have holes: the largest id counts, not the number of tokens.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -108,17 +111,16 @@ class FileTokenizer:
         Raises:
           TokenizerError: the file is missing or no tokenizer.
         """
-        if not path.is_file():
-            raise TokenizerError(f"data.tokenizer.path: {path}: no such file; a tokenizer.json is wanted")
         try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
-            raise TokenizerError(f"data.tokenizer.path: {path}: not a tokenizer.json: {error}") from None
-        return cls(backend, str(path), bos=bos, eos=eos)
+            definition = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise TokenizerError(f"data.tokenizer.path: {path}: {why}; a tokenizer.json is wanted") from None
+        return cls(definition, str(path), bos=bos, eos=eos)
 
     def __reduce__(self):
         # The library's own pickling forgets encode_special_tokens.
-        return _unpickle, (type(self), self._definition, self._name, self._bos, self._eos)
+        return functools.partial(type(self), bos=self._bos, eos=self._eos), (self._definition, self._name)
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""
@@ -149,7 +151,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FileTokeni
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return FileTokenizer(backend, "the trained tokenizer", bos=config.bos, eos=config.eos)
+    return FileTokenizer(backend.to_str(), "the trained tokenizer", bos=config.bos, eos=config.eos)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
@@ -159,10 +161,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str) -> None:
             f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, more than {vocab_size:,}; "
             f"make {name} at least {tokenizer.vocab_size}"
         )
-
-
-def _unpickle(kind: type[FileTokenizer], definition: str, name: str, bos: str, eos: str) -> FileTokenizer:
-    return kind(Backend.from_str(definition), name, bos=bos, eos=eos)
 
 
 def _hash(*parts: str) -> str:

@@ -261,7 +261,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     """A value of a JSON file in words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
+        return "; ".join(f"{name}: {_text(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     if isinstance(value, bool) or value is None:

@@ -106,10 +106,11 @@ def _flash_attention(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
 def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
     dtype = q_BGRTK.dtype
     scale = 1 / math.sqrt(q_BGRTK.shape[-1])
-    first_N = _first_blocks(documents_BT, k_BGTK.shape[2], block)
+    key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
     tokens_BGR = (*q_BGRTK.shape[:3], block, 1)
 
-    def query_block(_, i):
+    def query_block(_, key_blocks):
+        _, i = key_blocks
         q_BGRCK = _load(q_BGRTK, i, block)
 
         def key_block(j, carry, mask_BCC):
@@ -128,10 +129,10 @@ def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
 
         zeros_BGRC1 = jnp.zeros(tokens_BGR, _sum_dtype(dtype))
         carry = (zeros_BGRC1 - 1e30, zeros_BGRC1, jnp.zeros(q_BGRCK.shape, _sum_dtype(dtype)))
-        max_BGRC1, sum_BGRC1, o_BGRCK = _visit_key_blocks(key_block, carry, first_N[i], i, documents_BT, block)
+        max_BGRC1, sum_BGRC1, o_BGRCK = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
         return None, ((o_BGRCK / sum_BGRC1).astype(dtype), max_BGRC1 + jnp.log(sum_BGRC1))
 
-    _, (o_NBGRCK, lse_NBGRC1) = lax.scan(query_block, None, jnp.arange(first_N.size))
+    _, (o_NBGRCK, lse_NBGRC1) = lax.scan(query_block, None, key_blocks_N)
     o_BGRTK = _join_blocks(o_NBGRCK)
     return o_BGRTK, (q_BGRTK, k_BGTK, v_BGTK, documents_BT, o_BGRTK, _join_blocks(lse_NBGRC1))
 
@@ -140,10 +141,11 @@ def _backward(block, residuals, do_BGRTK):
     q_BGRTK, k_BGTK, v_BGTK, documents_BT, o_BGRTK, lse_BGRT1 = residuals
     dtype, sum_dtype = q_BGRTK.dtype, lse_BGRT1.dtype
     scale = 1 / math.sqrt(q_BGRTK.shape[-1])
-    first_N = _first_blocks(documents_BT, k_BGTK.shape[2], block)
+    key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
     delta_BGRT1 = (do_BGRTK.astype(sum_dtype) * o_BGRTK).sum(-1, keepdims=True)
 
-    def query_block(carry, i):
+    def query_block(carry, key_blocks):
+        _, i = key_blocks
         q_BGRCK, do_BGRCK, lse_BGRC1, delta_BGRC1 = (
             _load(x, i, block) for x in (q_BGRTK, do_BGRTK, lse_BGRT1, delta_BGRT1)
         )
@@ -161,28 +163,30 @@ def _backward(block, residuals, do_BGRTK):
             return dq_BGRCK, _add(dk_BGTK, dk_BGCK, j, block), _add(dv_BGTK, dv_BGCK, j, block)
 
         carry = (jnp.zeros(q_BGRCK.shape, sum_dtype), *carry)
-        dq_BGRCK, *carry = _visit_key_blocks(key_block, carry, first_N[i], i, documents_BT, block)
+        dq_BGRCK, *carry = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
         return tuple(carry), (scale * dq_BGRCK).astype(dtype)
 
     carry = (jnp.zeros(k_BGTK.shape, sum_dtype), jnp.zeros(v_BGTK.shape, sum_dtype))
-    (dk_BGTK, dv_BGTK), dq_NBGRCK = lax.scan(query_block, carry, jnp.arange(first_N.size))
+    (dk_BGTK, dv_BGTK), dq_NBGRCK = lax.scan(query_block, carry, key_blocks_N)
     return _join_blocks(dq_NBGRCK), (scale * dk_BGTK).astype(dtype), dv_BGTK.astype(dtype), None
 
 
 _flash_attention.defvjp(_forward, _backward)
 
 
-def _first_blocks(documents_BT: jax.Array | None, length: int, block: int) -> jax.Array:
-    """[N]: the first block of keys that any row's queries of a block may see."""
+def _visible_key_blocks(documents_BT: jax.Array | None, length: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """For each block of queries, the first block of keys that any row's queries see, and the last: its own."""
+    last_N = jnp.arange(length // block, dtype=jnp.int32)
     if documents_BT is None:
-        return jnp.zeros(length // block, jnp.int32)
+        return jnp.zeros_like(last_N), last_N
     border_BT = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)))
     document_start_BT = lax.cummax(jnp.where(border_BT, jnp.arange(length, dtype=jnp.int32), 0), axis=1)
-    return document_start_BT[:, ::block].min(0) // block
+    return document_start_BT[:, ::block].min(0) // block, last_N
 
 
-def _visit_key_blocks(key_block, carry, first, i, documents_BT, block):
+def _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block):
     """key_block(j, carry, mask) for j = first..i; the mask [B, C, C] is None where every query sees every key."""
+    first, i = key_blocks
 
     def same_document(j):
         if documents_BT is None:

@@ -42,6 +42,16 @@ class ScheduleConfig:
             found.append('kind: "constant" never falls; make final equal to peak and decay_steps 0, or take "wsd"')
         return found
 
+    def problems_in(self, num_steps: int) -> list[str]:
+        """What is wrong with the schedule in a stage of so many steps."""
+        end = self.first_step + num_steps
+        if self.kind == "wsd" and self.warmup_steps + self.decay_steps > end:
+            return [
+                f"decay_steps: {self.decay_steps} after warmup_steps={self.warmup_steps} do not fit into {end} steps; "
+                "shorten them or give the stage more tokens"
+            ]
+        return []
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -53,7 +63,7 @@ class OptimizerConfig:
     weight_decay: float
     decay_mask: Literal["all", "matrices"]  # matrices: no decay on norms and other vectors
     clip_norm: float  # 0 for none
-    moment_dtype: Literal["float32", "bfloat16"]
+    moment_dtype: Literal["float32", "bfloat16"]  # bfloat16: second moments stall where beta2 is above about 0.996
 
     def problems(self) -> list[str]:
         found = [

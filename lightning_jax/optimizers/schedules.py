@@ -23,14 +23,10 @@ def learning_rate(config: ScheduleConfig, total_steps: int) -> LearningRate:
     Warm-up rises from 0 at step 0 to `peak` at `warmup_steps`. After the last step the value stays what it became.
     Raises UserError where warm-up and decay do not fit into the stage.
     """
-    end = config.first_step + total_steps
+    if problems := config.problems_in(total_steps):
+        raise UserError(f"schedule.{problems[0]}")
     if config.kind == "wsd":
-        decay_start = end - config.decay_steps
-        if decay_start < config.warmup_steps:
-            raise UserError(
-                f"schedule: warmup_steps={config.warmup_steps} and decay_steps={config.decay_steps} do not fit into "
-                f"the stage's {end} steps; shorten them or lengthen the stage"
-            )
+        decay_start = config.first_step + total_steps - config.decay_steps
         pieces = {config.warmup_steps: optax.constant_schedule(config.peak)}
         if config.decay_steps:
             pieces[decay_start] = _decay(config)

@@ -30,12 +30,12 @@ class ShardingRules:
 
     table: Mapping[str, tuple[str, ...]]
 
-    def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
+    def mesh_axes(self, logical_axis: str | None, name: str = "array") -> tuple[str, ...]:
         """The mesh axes that split a logical axis, none for None."""
         if logical_axis is None:
             return ()
         if logical_axis not in self.table:
-            raise ShardingError(f"no sharding rule for logical axis {logical_axis!r}; known: {', '.join(self.table)}")
+            raise ShardingError(f"{name}: no sharding rule for axis {logical_axis!r}; known: {', '.join(self.table)}")
         return self.table[logical_axis]
 
     def spec(self, logical_axes: LogicalAxes, shape: tuple[int, ...], mesh: Mesh, name: str = "array") -> PartitionSpec:
@@ -49,7 +49,7 @@ class ShardingRules:
             ShardingError: a size does not divide, or two axes of the array would be split over one mesh axis.
         """
         logical_axes = ("layers",) * (len(shape) - len(logical_axes)) + tuple(logical_axes)
-        split = [self.mesh_axes(axis) for axis in logical_axes]
+        split = [self.mesh_axes(axis, name) for axis in logical_axes]
         for logical_axis, mesh_axes, size in zip(logical_axes, split, shape, strict=True):
             devices = mesh_size(mesh, mesh_axes)
             if size % devices:

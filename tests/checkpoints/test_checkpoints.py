@@ -241,6 +241,22 @@ def test_failures_in_a_row_stop_the_run_and_a_success_resets_the_count(tmp_path,
     assert os.listdir(tmp_path) == ["3"]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_cost_the_new_one(tmp_path, monkeypatch, caplog):
+    lines = []
+    with Checkpoints(tmp_path, dataclasses.replace(KEEP_ALL, keep_newest=1), say=lines.append) as checkpoints:
+        assert checkpoints.save(1, arrays(1), {}, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_jax.checkpoints.checkpoints.shutil.rmtree", deny)
+            assert checkpoints.save(2, arrays(2), {}, wait=True)
+        assert checkpoints.restore(abstract(arrays(2))).step == 2
+    assert not lines
+    assert "checkpoint 1, no longer needed, could not be deleted" in caplog.text
+
+
+def deny(*arguments, **options) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_a_failure_in_the_background_is_said_at_the_next_step(tmp_path, monkeypatch):
     lines = []
     with Checkpoints(tmp_path, KEEP_ALL, say=lines.append) as checkpoints, monkeypatch.context() as patch:
@@ -271,6 +287,7 @@ def disk_of_10_mb(tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's late answers
 def test_a_disk_that_fills_up_loses_no_checkpoint_and_saving_goes_on_when_there_is_room(disk_of_10_mb, monkeypatch):
     folder, lines = disk_of_10_mb / "checkpoints", []
     with Checkpoints(folder, dataclasses.replace(KEEP_ALL, max_failures=0), say=lines.append) as checkpoints:

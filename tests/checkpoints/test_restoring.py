@@ -2,6 +2,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +13,10 @@ from lightning_jax.checkpoints import CheckpointError, Checkpoints, newest_manif
 from lightning_jax.checkpoints.manifest import MANIFEST
 
 
-# TensorStore answers a read that has already failed, after its event loop is closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("intact")
-    save_steps(folder, [1, 2], size=512)
+    save_steps(folder, [1, 2], size=4096)
     return folder
 
 
@@ -30,7 +27,7 @@ def folder(two_steps, tmp_path) -> Path:
 
 
 def expected(step: int) -> dict:
-    return arrays(step, size=512)
+    return arrays(step, size=4096)
 
 
 def flip_bit(file: Path, bit: int) -> None:
@@ -90,11 +87,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "Orbax's metadata deleted": (lambda step: (step / "arrays" / "_METADATA").unlink(), "arrays/_METADATA is missing"),
     "Orbax's metadata garbled": (
         lambda step: overwrite(step / "arrays" / "_METADATA", 0, b"xx"),
-        "its arrays cannot be read: ",
+        "file arrays/_METADATA was altered",
     ),
     "index garbled": (
         lambda step: overwrite(step / "arrays" / "manifest.ocdbt", 8, b"xxxx"),
-        "its arrays cannot be read: ",
+        "file arrays/manifest.ocdbt was altered",
     ),
     "arrays folder deleted": (lambda step: shutil.rmtree(step / "arrays"), r"file arrays/.* is missing"),
     "manifest deleted": (lambda step: (step / MANIFEST).unlink(), r"it has no MANIFEST\.json"),
@@ -105,7 +102,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty folder": (empty_folder, r"it has no MANIFEST\.json"),
     "a file in its place": (a_file_in_its_place, r"it has no MANIFEST\.json"),
     "arrays of another step": (copy_arrays_of_step_1, r"file arrays/.* is missing"),
-    "data of another step": (exchange_data_for_that_of_step_1, "leaf w. has fingerprint"),
+    "data of another step": (
+        exchange_data_for_that_of_step_1,
+        r"(leaf w. has fingerprint|file .* has \d+ bytes)",  # Orbax divides the arrays among files as it likes
+    ),
     "another step under this name": (copy_whole_step_1, "its manifest is that of step 1"),
 }
 
@@ -167,7 +167,7 @@ def test_a_step_rejected_twice_is_kept_twice(folder):
 def test_a_folder_with_rejected_checkpoints_only_is_not_a_fresh_start(folder):
     shutil.rmtree(folder / "1")
     (folder / "2").rename(folder / "2.rejected")
-    with Checkpoints(folder, KEEP_ALL) as checkpoints, pytest.raises(CheckpointError, match="start from step 0"):
+    with Checkpoints(folder, KEEP_ALL) as checkpoints, pytest.raises(CheckpointError, match=r"\(1 rejected\).*step 0"):
         checkpoints.restore(abstract(expected(1)))
 
 
@@ -200,11 +200,14 @@ def test_every_flipped_bit_of_every_file_is_detected_or_harmless(folder):
 
 
 WRONG = {
-    "shape": ({"w2": jnp.zeros((8, 640))}, r"w2 is float32\[8, 512\] there and float32\[8, 640\] here"),
-    "dtype": ({"w2": jnp.zeros((8, 512), jnp.bfloat16)}, r"w2 is float32\[8, 512\] there and bfloat16\[8, 512\] here"),
+    "shape": ({"w2": jnp.zeros((8, 640))}, r"w2 is float32\[8, 4096\] there and float32\[8, 640\] here"),
+    "dtype": (
+        {"w2": jnp.zeros((8, 4096), jnp.bfloat16)},
+        r"w2 is float32\[8, 4096\] there and bfloat16\[8, 4096\] here",
+    ),
     "more layers": ({"w4": jnp.zeros((2, 3))}, r"it has no w4, which is float32\[2, 3\] here"),
-    "fewer layers": ({"w3": None}, r"it has w3, float32\[8, 512\], which is not here"),
-    "several": ({"w1": jnp.int32(0), "w2": jnp.int32(0)}, r"w1 is float32\[8, 512\] there and int32\[\] here"),
+    "fewer layers": ({"w3": None}, r"it has w3, float32\[8, 4096\], which is not here"),
+    "several": ({"w1": jnp.int32(0), "w2": jnp.int32(0)}, r"w1 is float32\[8, 4096\] there and int32\[\] here"),
 }
 
 
@@ -214,9 +217,30 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_difference(folder
     lines = []
     with Checkpoints(folder, KEEP_ALL) as checkpoints, pytest.raises(CheckpointError) as refused:
         checkpoints.restore(abstract({**expected(2), **changes}), say=lines.append)
-    assert re.fullmatch(f"checkpoint 2 in {folder} is of another model: {difference}", str(refused.value))
+    line = f"checkpoint 2 in {folder} is of another model: {difference}; use the configuration .* or another folder"
+    assert re.fullmatch(line, str(refused.value))
     assert not lines
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_arrays_that_orbax_cannot_read_are_damage(folder, monkeypatch):
+    """A fault of its files that no size or checksum shows; Orbax and TensorStore raise what they like."""
+    lines = []
+    for error in (ValueError("DATA_LOSS: bad\n  node"), KeyError("w1"), OSError(5, "Input/output error"), Exception()):
+        monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", Mock(side_effect=error))
+        with pytest.raises(CheckpointError):
+            restore_newest(folder, abstract(expected(1)), say=lines.append)
+    assert lines[0] == "checkpoint 2 rejected: its arrays cannot be read: ValueError: DATA_LOSS: bad node"
+    assert len(lines) == 8
+    assert not any("\n" in line for line in lines)
+
+
+def test_a_part_of_the_state_may_be_read_alone(folder):
+    part = {"w2": expected(2)["w2"]}
+    restored = restore_newest(folder, abstract(part), say=print, partial=True)
+    assert_same_bits(restored.state, part)
+    with pytest.raises(CheckpointError, match="it has no w4"):
+        restore_newest(folder, abstract({**part, "w4": part["w2"]}), say=print, partial=True)
 
 
 def test_a_checkpoint_of_another_format_is_refused(folder, monkeypatch):
@@ -229,10 +253,7 @@ def test_a_checkpoint_of_another_format_is_refused(folder, monkeypatch):
     "error", [MemoryError(), PermissionError(13, "Permission denied"), ValueError("RESOURCE_EXHAUSTED: out of memory")]
 )
 def test_a_fault_of_the_machine_is_no_damage(folder, monkeypatch, error):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fail)
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", Mock(side_effect=error))
     with Checkpoints(folder, KEEP_ALL) as checkpoints, pytest.raises(type(error)):
         checkpoints.restore(abstract(expected(1)))
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]

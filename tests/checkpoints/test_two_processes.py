@@ -16,6 +16,8 @@ from lightning_jax.checkpoints.array_files import ArrayFiles
 
 pytestmark = pytest.mark.slow
 
+SIZE = 4096  # files too large for a checksum: only the fingerprints protect them
+
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["lightning_jax.checkpoints", "flax.nnx", "optax"])
 
@@ -29,7 +31,7 @@ def shardings() -> dict[str, jax.sharding.Sharding]:
 
 
 def global_arrays(seed: int) -> dict[str, jax.Array]:
-    local = {name: np.asarray(array) for name, array in arrays(seed).items()}
+    local = {name: np.asarray(array) for name, array in arrays(seed, SIZE).items()}
     return {
         name: jax.make_array_from_callback(local[name].shape, sharding, lambda index, x=local[name]: x[index])
         for name, sharding in shardings().items()
@@ -108,8 +110,8 @@ def in_two_processes(task, folder: Path) -> None:
 def test_a_state_saved_by_two_processes_restores_in_two_and_in_one(tmp_path):
     in_two_processes(save_and_restore, tmp_path)
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
-        assert_same_bits(checkpoints.restore(abstract(arrays(12))).state, arrays(12))
-        checkpoints.save(13, arrays(12), {}, wait=True)
+        assert_same_bits(checkpoints.restore(abstract(arrays(0, SIZE))).state, arrays(12, SIZE))
+        checkpoints.save(13, arrays(12, SIZE), {}, wait=True)
     together = newest_manifest(tmp_path).leaves
     shutil.rmtree(tmp_path / "13")
     assert together == newest_manifest(tmp_path).leaves
@@ -121,7 +123,7 @@ def test_a_save_that_fails_on_one_process_is_lost_on_both_and_the_next_is_whole(
 
 
 def test_two_processes_walk_down_together_past_a_damaged_checkpoint(tmp_path):
-    save_steps(tmp_path, [1, 2, 3])
+    save_steps(tmp_path, [1, 2, 3], size=SIZE)
     (tmp_path / "3" / "MANIFEST.json").unlink()
     data = data_file(tmp_path / "2")
     data.write_bytes(bytes(data.stat().st_size))

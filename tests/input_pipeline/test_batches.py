@@ -113,6 +113,20 @@ def test_seed_decides_the_order_of_the_rows_of_a_corpus(tmp_path, packing):
     assert np.count_nonzero(first == other) < 8
 
 
+def test_a_later_stage_reads_each_corpus_on_from_where_the_earlier_one_left_it(tmp_path, packing):
+    store = memory_store(tmp_path, [640])
+    config = MixtureConfig({"text": 1}, {"text": 1}, packing)
+
+    def make(steps, **more):
+        return GlobalBatches({"text": store}, config, Steps((4,) * steps), CONTEXT_LENGTH, seed=0, **more)
+
+    whole, first = make(8), make(3)
+    second = make(5, rows_before=first.row_counts(3))
+    for step in range(5):
+        assert_equal_batches(second[step], whole[3 + step])
+    assert second.epochs(5) == whole.epochs(8)
+
+
 def test_each_pass_over_a_corpus_reads_every_row_once_and_in_another_order(tmp_path, packing):
     store = memory_store(tmp_path, np.random.default_rng(1).integers(2, 40, 12))
     config = MixtureConfig({"text": 1}, {"text": 1}, packing)

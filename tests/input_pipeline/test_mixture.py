@@ -103,6 +103,16 @@ def test_order_has_no_period():
     assert power.max() < 30  # a period would stand out as a line of height ~ number of rows
 
 
+def test_order_is_the_same_on_every_machine_and_in_every_version():
+    # What a resumed run has to find again; the shares after 10⁹ of 5·10⁹ rows are 0.295, 0.025 and 0.68 of them.
+    config = MixtureConfig({"text": 7, "code": 3, "math": 0}, {"text": 2, "code": 1, "math": 1}, "split")
+    corpus, row = Mixture(config, ["text", "code", "math"], 5 * 10**9, seed=17).rows(10**9, 8)
+    assert corpus.tolist() == [2, 0, 2, 2, 2, 2, 0, 1]
+    assert row[corpus == 2].tolist() == list(range(680_000_000, 680_000_005))
+    assert row[corpus == 0].tolist() == [295_000_000, 295_000_001]
+    assert row[corpus == 1].tolist() == [25_000_000]
+
+
 def test_seed_decides_the_order():
     first, again, other = (mixture([1, 1], seed=seed).rows(0, 200)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
@@ -112,7 +122,6 @@ def test_seed_decides_the_order():
 def test_order_does_not_depend_on_the_order_of_names():
     shares = {f"corpus_{index}": 0.1 * index for index in range(1, 12)}
     forward, backward = (dict(items) for items in (shares.items(), reversed(shares.items())))
-    assert sum(forward.values()) != sum(backward.values()), "the sum is rounded differently"
     rows = [Mixture(MixtureConfig(w, w, "split"), list(w), 10**6, 0).rows(0, 1000) for w in (forward, backward)]
     np.testing.assert_array_equal(*rows)
     shares = [Mixture(MixtureConfig(w, w, "split"), list(w), 10**6, 0).shares(10**6) for w in (forward, backward)]

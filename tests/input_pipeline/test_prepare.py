@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import random
 import shutil
+import sys
 import threading
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from lightning_jax.input_pipeline import sources
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig, TokenizerConfig
-from lightning_jax.input_pipeline.errors import BadRecordError, SourceError, TokenizerError
+from lightning_jax.input_pipeline.errors import BadRecordError, DataError, SourceError, TokenizerError
 from lightning_jax.input_pipeline.prepare import is_held_out, prepare, prepare_tokenizer
+from lightning_jax.input_pipeline.token_store import TokenStoreWriter
 
 # The package names the function of the same name.
 preparing = importlib.import_module("lightning_jax.input_pipeline.prepare")
@@ -114,6 +116,17 @@ def test_second_preparation_reads_the_cache(config, monkeypatch):
     assert contents(run(config)[1]) == before
 
 
+def test_stores_of_parts_that_were_cut_elsewhere_are_not_used(config, monkeypatch):
+    tokenizer = prepare_tokenizer(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_put_together", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            prepare(config, tokenizer)
+    monkeypatch.setattr(sources, "_PART_BYTES", 10_000)
+    for corpus in prepare(config, tokenizer).values():
+        assert len(corpus.train) + len(corpus.validation) == corpus.report.documents > 60
+
+
 @pytest.mark.parametrize("change", ["file", "tokenizer", "validation_fraction", "max_document_bytes", "on_bad_record"])
 def test_change_of_source_or_settings_prepares_again(config, tmp_path, change, monkeypatch):
     run(config)
@@ -179,6 +192,35 @@ def test_killed_preparation_goes_on_from_its_finished_parts(config, tmp_path, mo
     assert len(started) == 3 + 2 + 4  # two finished parts of the first corpus were not done again
     elsewhere = dataclasses.replace(config, cache_dir=str(tmp_path / "elsewhere"))
     assert contents(prepare(elsewhere, tokenizer)) == resumed
+
+
+def test_kill_while_parts_are_put_together_leaves_no_trace(config, tmp_path, monkeypatch):
+    tokenizer = prepare_tokenizer(config)
+    with monkeypatch.context() as patch:
+
+        def kill(*_):
+            patch.setattr(TokenStoreWriter, "__exit__", lambda *_: None)  # a kill runs no clean-up
+            sys.exit()
+
+        patch.setattr(TokenStoreWriter, "append_store", kill)
+        with pytest.raises(SystemExit):
+            prepare(config, tokenizer)
+    for corpus in prepare(config, tokenizer).values():
+        assert sorted(path.name for path in corpus.train.folder.parent.iterdir()) == ["train", "validation"]
+    left = {path.suffix for path in (tmp_path / "cache" / "corpora").iterdir()}
+    assert left == {"", ".lock"}
+
+
+def test_finished_cache_can_be_read_only(config, tmp_path, monkeypatch):
+    before = contents(run(config)[1])
+    monkeypatch.setattr(preparing, "_lock", None)
+    assert contents(run(config)[1]) == before
+
+
+def test_cache_that_cannot_be_written_is_a_mistake_of_one_line(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*file/tokenizers: Not a directory; name a folder"):
+        run(dataclasses.replace(config, cache_dir=str(tmp_path / "file")))
 
 
 def test_damaged_cache_is_prepared_again_and_says_so(config, caplog):
@@ -261,6 +303,14 @@ def test_corpus_without_documents_is_refused(config, tmp_path):
     with pytest.raises(
         SourceError, match=r"data\.corpora\.web: no document to train on: skipped 4 of 4 records \(4 empty"
     ):
+        run(config)
+
+
+def test_corpus_that_is_held_out_as_a_whole_is_refused(config, tmp_path):
+    text = next(text for text in map(str, range(100)) if is_held_out(text.encode(), 0.2))
+    (tmp_path / "book.txt").write_text(text)
+    config = dataclasses.replace(config, corpora={"book": CorpusConfig("text", str(tmp_path / "book.txt"), "", "")})
+    with pytest.raises(SourceError, match=r"book: no document to train on: data\.validation_fraction holds out all"):
         run(config)
 
 

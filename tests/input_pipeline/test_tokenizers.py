@@ -125,9 +125,14 @@ def test_settings_of_a_file_that_cut_pad_or_add_tokens_have_no_effect(tmp_path):
         assert encode(tokenizer, text).tolist() == encode(TOKENIZERS["trained"], text).tolist()
 
 
+def test_ids_beyond_the_tokenizer_give_no_text():
+    for tokenizer in TOKENIZERS.values():
+        assert tokenizer.decode([*encode(tokenizer, "cat"), 200_000]) == "cat"
+
+
 def test_vocabulary_with_holes_counts_to_its_largest_id():
     backend = Backend(models.WordLevel({"a": 0, "b": 70_000}, unk_token="a"))
-    assert FileTokenizer(backend, "holes", bos="", eos="b").vocab_size == 70_001
+    assert FileTokenizer(backend.to_str(), "holes", bos="", eos="b").vocab_size == 70_001
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", None])

@@ -77,7 +77,8 @@ def test_plain_line(make_console):
 @pytest.mark.parametrize(
     ("columns", "line"),
     [
-        (200, FULL),
+        (len(FULL) + 1, FULL),
+        (len(FULL), FULL.replace(" | 1.90 GiB", "")),
         (132, "step 1,200/10,000 12.0% | pretrain | loss 2.3412 | lr 3.00e-4 | grad 0.81 | 8.12k tok/s | 504 ms | "
               "mfu 41.2% (6N) | eta n/a"),
         (110, "step 1,200/10,000 12.0% | pretrain | loss 2.3412 | lr 3.00e-4 | grad 0.81 | 8.12k tok/s | 504 ms | "
@@ -147,7 +148,9 @@ def test_announcements_do_not_garble_the_progress_line(make_console):
     console.progress({"step": 41})
     clock.now += 1
     console.progress({"step": 42})
+    assert stream.lines[-1] == "step 42/10,000 0.4%"
     console.say("checkpoint 42 written")
+    assert stream.lines[-2:] == ["checkpoint 42 written", "step 42/10,000 0.4%"]
     clock.now += 1
     console.progress({"step": 43})
     logger = logging.getLogger("test_announcements")

@@ -130,6 +130,16 @@ def test_half_written_and_unreadable_lines_are_left_out(tmp_path, caplog):
     assert path.read_bytes() == b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
 
 
+def test_a_line_without_its_end_is_not_gone_on_with(tmp_path):
+    """It could be complete but for the line break, and would swallow the next one."""
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}')
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    with MetricsWriter(tmp_path, resume_step=2, tensorboard=False) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     writer = MetricsWriter(tmp_path, resume_step=None, tensorboard=False)
     writer.write(1, {"loss": 2.0})

@@ -26,6 +26,7 @@ TINY = dataclasses.replace(
     intermediate_size=16,
     num_experts=0,
     experts_per_token=0,
+    initializer_range=0.3,
     compute_dtype="float32",
     loss_chunk=8,
 )
@@ -81,7 +82,7 @@ def loss_and_gradients(config):
 
 
 def test_rematerialisation_changes_nothing():
-    config = dataclasses.replace(TINY, num_experts=4, experts_per_token=2)
+    config = dataclasses.replace(TINY, num_layers=2, layer_pattern=("lightning", "softmax"))
     kept = loss_and_gradients(config)
     for remat in ("dots", "full"):
         recomputed = loss_and_gradients(dataclasses.replace(config, remat=remat))
@@ -156,7 +157,7 @@ def test_operators_replace_how_a_layer_computes():
         return jnp.zeros_like(q_BTHK)
 
     HybridLM(TINY, rngs=nnx.Rngs(0), operators=Operators(softmax_attention=attention, constrain=constrain))(TOKENS)
-    assert set(called) == {("batch", "sequence", None)}
+    assert ("batch", "sequence", None) in called
 
 
 @pytest.mark.parametrize("config", [MINIMAX, LLAMA], ids=["MiniMax-M1", "TinyLlama"])

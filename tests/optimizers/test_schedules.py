@@ -76,7 +76,7 @@ def test_an_array_of_steps_a_traced_step_and_an_integer_give_the_same(schedule):
 
 
 def test_warmup_and_decay_that_do_not_fit_are_one_clear_line():
-    with pytest.raises(ValueError, match="warmup_steps=10 and decay_steps=40 do not fit into the stage's 49 steps"):
+    with pytest.raises(ValueError, match=r"schedule.decay_steps: 40 after warmup_steps=10 do not fit into 49 steps"):
         learning_rate(ScheduleConfig(**WSD), 49)
 
 
