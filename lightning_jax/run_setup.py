@@ -28,6 +28,12 @@ class Data:
     tokenizer: Tokenizer
     corpora: dict[str, PreparedCorpus]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Equal for data that give equal batches."""
+        stores = {name: corpus.train.fingerprint for name, corpus in self.corpora.items()}
+        return {"the tokenizer": self.tokenizer.fingerprint, **stores}
+
     def prompt(self, text: str) -> list[int]:
         """The tokens of the beginning of a document, at least one."""
         first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id

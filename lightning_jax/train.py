@@ -14,7 +14,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -132,13 +132,11 @@ class Trainer:
         checkpoints = stack.enter_context(
             Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=lambda line: self._say(line))
         )
-        state, resumed = self._restore_or_create(checkpoints)
+        state, saved = self._restore_or_create(checkpoints)
         step = int(state.step)
         (self.folder / "config.json").write_text(self.config.to_json() + "\n")
         self.writer = stack.enter_context(
-            MetricsWriter(
-                self.folder, resume_step=step if resumed else None, tensorboard=self.config.metrics.tensorboard
-            )
+            MetricsWriter(self.folder, resume_step=step if saved else None, tensorboard=self.config.metrics.tensorboard)
         )
         last = self.stages[-1]
         self.console = Console(
@@ -155,8 +153,15 @@ class Trainer:
             self._say(line)
             self.writer.event("checkpoint", line, step=step)
         self.data = open_data(self.config, self._say)
+        self._metadata = {"config": json.loads(self.config.to_json()), "data": self.data.fingerprints}
+        if saved:
+            self._accept(
+                f"data of {name}: not what the run was started with (other files, or other versions of packages)"
+                for name, fingerprint in self.data.fingerprints.items()
+                if saved["data"].get(name, fingerprint) != fingerprint
+            )
         record_run(self.config, self.stages, self.data, self.folder, step)
-        self.writer.event("resume" if resumed else "start", f"at step {step}", step=step)
+        self.writer.event("resume" if saved else "start", f"at step {step}", step=step)
         self.timer = StepTimer()
         return checkpoints, state
 
@@ -164,25 +169,27 @@ class Trainer:
         if jax.process_index() == 0:
             self._say(f"report: {write_report(self.folder)}")
 
-    def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
-        """The state to go on with, and whether this run had saved it."""
+    def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+        """The state to go on with, and the metadata it was saved with, if this run had saved it."""
         if restored := checkpoints.restore(self._abstract_state):
-            self._check_same_config(restored.metadata["config"])
+            current = json.loads(self.config.to_json())
+            self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
             self._say(f"resumed from the checkpoint of step {restored.step}")
-            return restored.state, True
+            return restored.state, restored.metadata
         state = parallel.create_sharded(self._create, self.mesh)
         if self.init_from is None:
-            return state, False
+            return state, None
         restored = restore_newest(
             self.init_from / "checkpoints", {"params": self._abstract_state.params}, say=self._say, partial=True
         )
         if restored is None:
             raise ConfigError([f"--init_from={self.init_from}: there is no checkpoint in this folder"])
         self._say(f"parameters from step {restored.step} of {self.init_from}")
-        return state._replace(params=restored.state["params"]), False
+        return state._replace(params=restored.state["params"]), None
 
-    def _check_same_config(self, saved: dict[str, Any]) -> None:
-        changes = differences(saved, json.loads(self.config.to_json()), ignore=FREE_TO_CHANGE)
+    def _accept(self, changes: Iterable[str]) -> None:
+        """Refuses to go on with another config or other data than those of the checkpoint, unless told to."""
+        changes = list(changes)
         if changes and not self.change_config:
             raise ConfigError(
                 [f"{line}; use another --workdir, or --change_config to go on in {self.folder}" for line in changes]
@@ -233,7 +240,7 @@ class Trainer:
                     if ends:
                         self._write_samples(stage, state)
                     if saving:
-                        checkpoints.save(step + 1, state, {"config": json.loads(self.config.to_json())}, wait=stopping)
+                        checkpoints.save(step + 1, state, self._metadata, wait=stopping)
                 if stopping:
                     break
         return state

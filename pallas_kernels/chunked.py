@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.varying import vary_like
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def chunked_lightning_attention(
@@ -93,6 +95,10 @@ def _store(x_BTHK: jax.Array, chunk_BHCK: jax.Array, start: jax.Array | int) -> 
     return lax.dynamic_update_slice_in_dim(x_BTHK, chunk_BHCK.swapaxes(1, 2).astype(x_BTHK.dtype), start, axis=1)
 
 
+def _zeros_like(x: jax.Array) -> jax.Array:
+    return vary_like(jnp.zeros_like(x), x)
+
+
 def _load_documents(documents_BT: jax.Array | None, start: jax.Array | int, size: int) -> jax.Array | None:
     return None if documents_BT is None else lax.dynamic_slice_in_dim(documents_BT, start, size + 1, axis=1)
 
@@ -130,7 +136,7 @@ def _forward(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_
 
     # The backward reads the saved states as matmul operands only, so their dtype loses nothing.
     states_NBHKV = jnp.zeros((whole + bool(rest), *initial_state_BHKV.shape), q_BTHK.dtype)
-    carry = (initial_state_BHKV, states_NBHKV, jnp.zeros_like(v_BTHV))
+    carry = (initial_state_BHKV, vary_like(states_NBHKV, q_BTHK), _zeros_like(v_BTHV))
     if whole:
         decays = _decays(log_decay_H, chunk_size)
         carry = lax.fori_loop(0, whole, lambda n, carry: chunk(n, carry, decays, chunk_size), carry)
@@ -167,7 +173,7 @@ def _backward(chunk_size, residuals, cotangents):
             _store(dv_BTHV, dv_BHCV, start),
         )
 
-    carry = (d_final_state_BHKV, jnp.zeros_like(q_BTHK), jnp.zeros_like(k_BTHK), jnp.zeros_like(v_BTHV))
+    carry = (d_final_state_BHKV, _zeros_like(q_BTHK), _zeros_like(k_BTHK), _zeros_like(v_BTHV))
     if rest:
         carry = chunk(whole, carry, _decays(log_decay_H, rest), rest)
     if whole:

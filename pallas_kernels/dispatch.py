@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.chunked import chunked_lightning_attention
 from pallas_kernels.reference import recurrent_lightning_attention
+from pallas_kernels.varying import vary_like
 
 Implementation = Literal["auto", "xla", "reference"]
 
@@ -60,6 +61,7 @@ def lightning_attention(
     if initial_state is None:
         batch, _, heads, key_dim = q.shape
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), state_dtype)
+    initial_state = vary_like(initial_state, q)
     if implementation == "reference":
         o, final_state = recurrent_lightning_attention(q, k, v, log_decay, segment_ids, initial_state)
     else:

@@ -78,8 +78,8 @@ def read_array_record(path: Path, field: str, max_bytes: int) -> Iterator[Record
     parse = (lambda data: from_json(data, field)) if field else decode
     try:
         with contextlib.closing(ArrayRecordReader(str(path))) as reader:
-            # A damaged file opens as one without records; reading all of it says what is wrong.
-            count = reader.num_records() or len(reader.read_all())
+            # A damaged file opens as one without records; closing it raises what is wrong.
+            count = reader.num_records()
             for start in range(0, count, _ROWS):
                 for index, data in enumerate(reader.read(start, min(start + _ROWS, count)), start):
                     yield f"{path}:{index + 1}", parse(data)

@@ -1,6 +1,7 @@
 """What a model is: its sizes and choices, validated, with the arithmetic that follows from them.
 
-Sources: MiniMax-01 (arXiv 2501.08313) section 2 and 4.2; the released config.json of MiniMax-M1; Llama (arXiv 2407.21783).
+Sources: MiniMax-01 (arXiv 2501.08313) sections 2 and 4.2; the released config.json of MiniMax-M1; Llama
+(arXiv 2407.21783).
 """
 
 import math
@@ -15,7 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling: wavelengths beyond `original_context_length / low_frequency_factor` stretch by `factor`."""
+    """Llama 3.1's: wavelengths beyond `original_context_length / low_frequency_factor` stretch by `factor`."""
 
     factor: float
     low_frequency_factor: float
@@ -91,7 +92,7 @@ class ModelConfig:
             found.append("layer_pattern: empty; name at least one kind of layer")
         elif len(self.layer_pattern) > self.num_layers > 0:
             found.append(
-                f"layer_pattern: {len(self.layer_pattern)} layers are more than num_layers={self.num_layers}; shorten it"
+                f"layer_pattern: {len(self.layer_pattern)} layers exceed num_layers={self.num_layers}; shorten it"
             )
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads={self.num_heads}")

@@ -1,4 +1,4 @@
-"""HybridLM: a decoder whose layers follow a repeating pattern of kinds; the pattern is scanned, so compile time is flat.
+"""HybridLM: a decoder whose layers repeat a pattern of kinds; the pattern is scanned, so compile time is flat.
 
 Sources: MiniMax-01 (arXiv 2501.08313) sections 2 and 4.2 (DeepNorm post-norm, seven lightning layers to one softmax
 layer); Llama (arXiv 2407.21783) for the pre-norm dense case.
@@ -21,14 +21,14 @@ from lightning_jax.models.config import LayerKind, ModelConfig
 from lightning_jax.models.layers import RMSNorm, SwiGLU
 from lightning_jax.models.mixers import MIXERS, Tokens
 from lightning_jax.models.moe import MoE, RouterSums
-from lightning_jax.models.operators import Operators, complete
+from lightning_jax.models.operators import ONE_DEVICE, Operators, complete
 
 
 class Block(nnx.Module):
     """One layer: a mixer and a feed-forward, each x -> alpha * residual + beta * f(norm(x)).
 
-    With norms placed "post" the residual is the normed input, which is DeepNorm's post-norm with every norm moved to the
-    start of the next sub-layer; with "pre" it is the input itself.
+    With norms placed "post" the residual is the normed input, which is DeepNorm's post-norm with every norm moved to
+    the start of the next sub-layer; with "pre" it is the input itself.
     """
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, operators: Operators):
@@ -100,9 +100,7 @@ class LayerStack(nnx.Module):
             for run in runs(pattern)
         )
 
-    def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, mask_BT: jax.Array
-    ) -> tuple[jax.Array, RouterSums | None]:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, mask_BT: jax.Array) -> tuple[jax.Array, RouterSums | None]:
         """The last layer's output, and the layers' router sums stacked in layer order (None for dense layers)."""
         split = [nnx.split(run) for run in self.runs]
 
@@ -118,7 +116,9 @@ class LayerStack(nnx.Module):
                 routers.append(router)
             return x_BTD, jax.tree.map(lambda *sums: jnp.concatenate(sums), *routers)
 
-        stacks = [(parameters, self._constants(run)) for (_, parameters), run in zip(split, runs(self.pattern), strict=True)]
+        stacks = [
+            (parameters, self._constants(run)) for (_, parameters), run in zip(split, runs(self.pattern), strict=True)
+        ]
         x_BTD, router = jax.lax.scan(repeat, x_BTD, stacks)
         return x_BTD, jax.tree.map(lambda sums: sums.reshape(-1, *sums.shape[2:]), router)
 
@@ -157,7 +157,7 @@ class HybridLM(nnx.Module):
     parameters have two more leading axes ("layers") than logical axes.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, operators: Operators = Operators()):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, operators: Operators = ONE_DEVICE):
         operators = complete(operators, config)
         self.config, self.operators = config, operators
         V, D = config.vocab_size, config.hidden_size

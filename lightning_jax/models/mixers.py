@@ -1,8 +1,8 @@
 """The layers that mix tokens, one class per kind in a model's layer pattern.
 
-A mixer is a class with `Mixer(config, *, rngs, operators)`, `Mixer.constants(config, layer)` -> a pytree of arrays that
-differ from layer to layer but are not learned, and `mixer(x_BTD, constants, tokens) -> y_BTD`. Another linear layer joins
-by its entry in `MIXERS` and its name in `LayerKind`.
+A mixer is a class with `Mixer(config, *, rngs, operators)`, `Mixer.constants(config, layer)` -> a pytree of arrays
+that differ from layer to layer but are not learned, and `mixer(x_BTD, constants, tokens) -> y_BTD`. Another linear
+layer joins by its entry in `MIXERS` and its name in `LayerKind`.
 
 Sources: lightning attention: MiniMax-01 (arXiv 2501.08313) section 2.2 and the released modelling code of MiniMax-M1;
 softmax attention with grouped queries: arXiv 2305.13245.
@@ -20,7 +20,7 @@ from flax import nnx
 
 from lightning_jax.models import initializers
 from lightning_jax.models.config import LayerKind, ModelConfig
-from lightning_jax.models.layers import RMSNorm, project, weight_matrix
+from lightning_jax.models.layers import RMSNorm, project, recomputed, weight_matrix
 from lightning_jax.models.operators import Operators
 from lightning_jax.models.rope import Rotation, rotate
 
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
 
 
 class LightningAttention(nnx.Module):
-    """Gated linear attention with one constant decay per head: S_t = exp(log_decay) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t.
+    """Gated linear attention, one constant decay per head: S_t = exp(log_decay) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t.
 
     Queries, keys and values pass through silu; there is no rotary embedding, no scale and no denominator. The heads are
     normed jointly, gated by a sigmoid of the layer's input, and projected out.
@@ -61,13 +61,19 @@ class LightningAttention(nnx.Module):
         return log_decays(config.num_heads, config.num_layers, layer)
 
     def __call__(self, x_BTD: jax.Array, log_decay_H: jax.Array, tokens: Tokens) -> jax.Array:
-        fused_BTA3 = jax.nn.silu(project(x_BTD, self.query_key_value))
+        fused_BTA3 = recomputed(jax.nn.silu)(project(x_BTD, self.query_key_value))
         q_BTHK, k_BTHK, v_BTHK = jnp.split(fused_BTA3.reshape(*x_BTD.shape[:2], self.num_heads, -1), 3, axis=-1)
         o_BTHK = self.operators.lightning_attention(
             q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=tokens.segment_ids_BT
         )
         o_BTA = self.norm(o_BTHK.reshape(*x_BTD.shape[:2], -1))
-        return project(o_BTA * jax.nn.sigmoid(project(x_BTD, self.gate)), self.output)
+        return project(sigmoid_gated(project(x_BTD, self.gate), o_BTA), self.output)
+
+
+@recomputed
+def sigmoid_gated(gate: jax.Array, x: jax.Array) -> jax.Array:
+    """sigmoid(gate) * x."""
+    return jax.nn.sigmoid(gate) * x
 
 
 def log_decays(num_heads: int, num_layers: int, layer: int) -> np.ndarray:

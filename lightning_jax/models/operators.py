@@ -47,6 +47,9 @@ class Operators:
     constrain: Callable[[jax.Array, LogicalAxes], jax.Array] = unconstrained
 
 
+ONE_DEVICE = Operators()
+
+
 # Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
 @functools.cache
 def complete(operators: Operators, config: ModelConfig) -> Operators:

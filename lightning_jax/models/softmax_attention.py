@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.varying import vary_like
+
 Implementation = Literal["auto", "xla", "blocked", "cudnn"]
 
 
@@ -107,7 +109,6 @@ def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
     dtype = q_BGRTK.dtype
     scale = 1 / math.sqrt(q_BGRTK.shape[-1])
     key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
-    tokens_BGR = (*q_BGRTK.shape[:3], block, 1)
 
     def query_block(_, key_blocks):
         _, i = key_blocks
@@ -127,8 +128,8 @@ def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
             o_BGRCK = shrink_BGRC1 * o_BGRCK + _einsum("bgrij,bgjk->bgrik", weights_BGRCC.astype(dtype), v_BGCK)
             return new_max_BGRC1, sum_BGRC1, o_BGRCK
 
-        zeros_BGRC1 = jnp.zeros(tokens_BGR, _sum_dtype(dtype))
-        carry = (zeros_BGRC1 - 1e30, zeros_BGRC1, jnp.zeros(q_BGRCK.shape, _sum_dtype(dtype)))
+        o_BGRCK = _zeros(q_BGRCK)
+        carry = (o_BGRCK[..., :1] - 1e30, o_BGRCK[..., :1], o_BGRCK)
         max_BGRC1, sum_BGRC1, o_BGRCK = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
         return None, ((o_BGRCK / sum_BGRC1).astype(dtype), max_BGRC1 + jnp.log(sum_BGRC1))
 
@@ -162,11 +163,11 @@ def _backward(block, residuals, do_BGRTK):
             dv_BGCK = _einsum("bgrij,bgrik->bgjk", weights_BGRCC.astype(dtype), do_BGRCK)
             return dq_BGRCK, _add(dk_BGTK, dk_BGCK, j, block), _add(dv_BGTK, dv_BGCK, j, block)
 
-        carry = (jnp.zeros(q_BGRCK.shape, sum_dtype), *carry)
+        carry = (_zeros(q_BGRCK), *carry)
         dq_BGRCK, *carry = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
         return tuple(carry), (scale * dq_BGRCK).astype(dtype)
 
-    carry = (jnp.zeros(k_BGTK.shape, sum_dtype), jnp.zeros(v_BGTK.shape, sum_dtype))
+    carry = (_zeros(k_BGTK), _zeros(v_BGTK))
     (dk_BGTK, dv_BGTK), dq_NBGRCK = lax.scan(query_block, carry, key_blocks_N)
     return _join_blocks(dq_NBGRCK), (scale * dk_BGTK).astype(dtype), dv_BGTK.astype(dtype), None
 
@@ -207,6 +208,10 @@ def _where(mask_BCC: jax.Array | None, x_BGRCC: jax.Array, otherwise: float) -> 
 
 def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    return vary_like(jnp.zeros(x.shape, _sum_dtype(x.dtype)), x)
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

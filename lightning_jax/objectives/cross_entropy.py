@@ -1,12 +1,12 @@
 """Cross-entropy of a large vocabulary, a chunk of each sequence at a time: logits [B, T, V] never exist.
 
 The gradient is taken in the same pass as the loss, while a chunk's logits exist, so that they are computed once: three
-products of [B, C, D] and [D, V] for forward and backward instead of four.
+products of [M, D] and [D, V] for forward and backward instead of four.
 
 Source: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009) for the problem; the chunking is along T
 because the batch is what devices share.
 
-Shapes: B batch, T sequence, C chunk, N chunks, D model dim, V vocabulary.
+Shapes: B batch, T sequence, C chunk, N chunks, M = B * C tokens of a chunk, D model dim, V vocabulary.
 """
 
 import functools
@@ -38,7 +38,7 @@ def cross_entropy_sum(
 
 
 def _forward(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype):
-    loss, dhidden_BTD, dweights_DV = _chunked(
+    loss, dweights_DV, dhidden_BTD = _chunked(
         hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, with_gradients=True
     )
     return loss, (dhidden_BTD.astype(hidden_BTD.dtype), dweights_DV.astype(weights_DV.dtype))
@@ -61,29 +61,30 @@ def _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, *
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
     def one_chunk(sums, inputs):
-        hidden_BCD, targets_BC, mask_BC = inputs
-        hidden_BCD = hidden_BCD.astype(logits_dtype)
-        logits_BCV = product("bcd,dv->bcv", hidden_BCD, weights_DV)
-        is_target_BCV = targets_BC[..., None] == jnp.arange(weights_DV.shape[1])
-        logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        target_BC = jnp.sum(logits_BCV, axis=-1, where=is_target_BCV)
-        loss = jnp.sum(logsumexp_BC - target_BC, where=mask_BC)
+        hidden_MD, targets_M, mask_M = inputs
+        hidden_MD = hidden_MD.astype(logits_dtype)
+        logits_MV = product("md,dv->mv", hidden_MD, weights_DV)
+        is_target_MV = targets_M[:, None] == jnp.arange(weights_DV.shape[1])
+        logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
+        target_M = jnp.sum(logits_MV, axis=-1, where=is_target_MV)
+        loss = jnp.sum(logsumexp_M - target_M, where=mask_M)
         if not with_gradients:
             return (sums[0] + loss,), ()
-        dlogits_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0)
-        dlogits_BCV = dlogits_BCV.astype(logits_dtype)
-        dhidden_BCD = product("bcv,dv->bcd", dlogits_BCV, weights_DV).astype(hidden_BTD.dtype)
-        dweights_DV = product("bcd,bcv->dv", hidden_BCD, dlogits_BCV)
-        return (sums[0] + loss, sums[1] + dweights_DV), dhidden_BCD
+        dlogits_MV = jnp.where(mask_M[:, None], jnp.exp(logits_MV - logsumexp_M[:, None]) - is_target_MV, 0)
+        dlogits_MV = dlogits_MV.astype(logits_dtype)
+        dhidden_MD = product("mv,dv->md", dlogits_MV, weights_DV).astype(hidden_BTD.dtype)
+        dweights_DV = product("md,mv->dv", hidden_MD, dlogits_MV)
+        return (sums[0] + loss, sums[1] + dweights_DV), dhidden_MD
 
     def chunks(x_BTX):
         x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
-        return jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
+        x_NBCX = jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
+        return x_NBCX.reshape(-1, B * chunk, *x_BTX.shape[2:])
 
-    zeros = (jnp.zeros((), wide),) + ((jnp.zeros(weights_DV.shape, wide),) if with_gradients else ())
     chunk = min(chunk, T)
-    sums, dhidden_NBCD = jax.lax.scan(one_chunk, zeros, tuple(map(chunks, (hidden_BTD, targets_BT, mask_BT))))
+    zeros = (jnp.zeros((), wide),) + ((jnp.zeros(weights_DV.shape, wide),) if with_gradients else ())
+    sums, dhidden_NMD = jax.lax.scan(one_chunk, zeros, tuple(map(chunks, (hidden_BTD, targets_BT, mask_BT))))
     if not with_gradients:
         return sums
-    dhidden_BTD = jnp.moveaxis(dhidden_NBCD, 0, 1).reshape(B, -1, D)[:, :T]
-    return *sums[:1], dhidden_BTD, sums[1]
+    dhidden_BTD = jnp.moveaxis(dhidden_NMD.reshape(-1, B, chunk, D), 0, 1).reshape(B, -1, D)[:, :T]
+    return *sums, dhidden_BTD

@@ -57,8 +57,10 @@ class ParallelExperts:
             up_EDF=PartitionSpec(EXPERTS, EMBED, MLP),
             down_EFD=PartitionSpec(EXPERTS, MLP, EMBED),
         )
+        compute = self._capacity if self.dispatch == "capacity" else self._dropless
         return jax.shard_map(
-            self._capacity if self.dispatch == "capacity" else self._dropless,
+            # The backward pass gathers again: kept, the weights of all layers would fill what "fsdp" saves.
+            jax.checkpoint(compute, policy=_is_local),
             mesh=self.mesh,
             in_specs=(rows, rows, rows, split, rows),
             out_specs=(rows, PartitionSpec()),
@@ -89,6 +91,11 @@ class ParallelExperts:
         y_BTD = dropless_experts(*rows, weights, first_expert=first_expert, dispatch=self.dispatch)
         y_BTD = jax.lax.psum_scatter(y_BTD.astype(x_BTD.dtype), EXPERTS, scatter_dimension=0, tiled=True)
         return jax.lax.psum(y_BTD, MLP), jnp.zeros((), jnp.float32)
+
+
+def _is_local(primitive, *_, **__) -> bool:
+    """Whether the backward pass may keep what a primitive computed: all but what it gathered from other devices."""
+    return primitive.name != "all_gather"
 
 
 def _gather_embed(weights: ExpertWeights) -> ExpertWeights:

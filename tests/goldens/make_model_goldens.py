@@ -2,9 +2,9 @@
 
     python tests/goldens/make_model_goldens.py        (torch 2.13, transformers 5.23.0, CPU, fp32)
 
-writes tests/goldens/model_<case>.npz for every case below: `config` (JSON, the fields of our ModelConfig that define the
-case), `tokens`, `targets`, `logits`, `loss` (mean cross-entropy plus the weighted balance loss), and for every parameter
-by its Hugging Face name `weight/<name>` (int8, in units of 1/64, so that it is exact and small) and `gradient/<name>`.
+writes tests/goldens/model_<case>.npz for every case below: `config` (JSON, the fields of our ModelConfig that define
+the case), `tokens`, `targets`, `logits`, `loss` (mean cross-entropy plus the weighted balance loss), and for every
+parameter by its Hugging Face name `weight/<name>` (int8, in units of 1/64: exact and small) and `gradient/<name>`.
 
 transformers 5.23.0 rotates whole heads whatever `rotary_dim` says; the released MiniMax models rotate half of each. The
 rotary embedding is patched here to rotate the leading dimensions only, as the released modelling code does.

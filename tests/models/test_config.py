@@ -104,7 +104,12 @@ def test_the_module_has_as_many_parameters_as_its_config_says(name):
 
 
 def test_the_module_counts_layers_beyond_the_last_whole_pattern():
-    small = {"vocab_size": 32, "hidden_size": 16, "num_layers": 5, "layer_pattern": ("lightning", "lightning", "softmax")}
+    small = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_layers": 5,
+        "layer_pattern": ("lightning", "lightning", "softmax"),
+    }
     small |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "intermediate_size": 24}
     for experts in ({}, {"num_experts": 4, "experts_per_token": 2}):
         config = dataclasses.replace(LLAMA, **small, **experts)
@@ -153,7 +158,7 @@ def test_model_flops_of_minimax_equal_the_closed_form():
         ({"experts_per_token": 0}, "experts_per_token: 0 must be between 1 and num_experts=32"),
         ({"num_experts": 0}, "experts_per_token: 2 must be 0 where num_experts=0"),
         ({"layer_pattern": ()}, "layer_pattern: empty; name at least one kind of layer"),
-        ({"num_layers": 4}, "layer_pattern: 8 layers are more than num_layers=4; shorten it"),
+        ({"num_layers": 4}, "layer_pattern: 8 layers exceed num_layers=4; shorten it"),
         ({"hidden_size": 0}, "hidden_size: 0 is not a positive number"),
         ({"num_kv_heads": 0}, "num_kv_heads: 0 is not a positive number"),
         ({"residual_alpha": float("nan")}, "residual_alpha: nan is not a positive number"),

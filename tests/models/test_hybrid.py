@@ -1,4 +1,4 @@
-"""The model as a whole: layouts of layers, precision, rematerialisation, and compile cost that does not grow with depth."""
+"""The model as a whole: layouts of layers, precision, rematerialisation, and a compile cost that is flat in depth."""
 
 import dataclasses
 
@@ -46,7 +46,9 @@ def test_scanned_layers_equal_the_same_layers_one_by_one():
     unrolled = [(run, i) for run in expected.stacks[0].runs for i in range(run.mixer_norm.weight.shape[1])]
     for (stack, run, repeat, i), (target, j) in zip(order, unrolled, strict=True):
         source = nnx.state(stack.runs[run])
-        state = jax.tree.map(lambda to, value, r=repeat, i=i, j=j: to.at[0, j].set(value[r, i]), nnx.state(target), source)
+        state = jax.tree.map(
+            lambda to, value, r=repeat, i=i, j=j: to.at[0, j].set(value[r, i]), nnx.state(target), source
+        )
         nnx.update(target, state)
     for name in ("embedding", "head"):
         getattr(expected, name).set_value(getattr(model, name)[...])
@@ -126,7 +128,9 @@ def test_router_sums_come_in_the_order_of_the_layers():
             places = stack.first_layer + run_place(stack, run) + len(stack.pattern) * np.arange(layers[0])[:, None]
             # Layer l prefers expert l mod 4: its router answers to a constant feature.
             favourite = jax.nn.one_hot((places + np.arange(layers[1])) % 4, 4)
-            run.feed_forward_norm.weight.set_value(jnp.zeros_like(run.feed_forward_norm.weight[...]).at[..., 0].set(1.0))
+            run.feed_forward_norm.weight.set_value(
+                jnp.zeros_like(run.feed_forward_norm.weight[...]).at[..., 0].set(1.0)
+            )
             run.feed_forward.router.set_value(
                 jnp.zeros_like(run.feed_forward.router[...]).at[..., 0, :].set(1e3 * favourite)
             )

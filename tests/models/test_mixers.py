@@ -58,7 +58,9 @@ def test_lightning_layer_equals_the_written_out_recurrence():
     def sigmoid(a):
         return 1 / (1 + np.exp(-a))
 
-    wide = [np.asarray(p[...], np.float64) for p in (layer.query_key_value, layer.gate, layer.norm.weight, layer.output)]
+    wide = [
+        np.asarray(p[...], np.float64) for p in (layer.query_key_value, layer.gate, layer.norm.weight, layer.output)
+    ]
     fused, gate, norm, output = wide
     z = x[0].astype(np.float64) @ fused
     z = (z * sigmoid(z)).reshape(length, heads, 3, dim)

@@ -3,6 +3,7 @@
 The reference values were made by tests/goldens/make_model_goldens.py.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,7 +15,6 @@ import pytest
 from flax import nnx
 from test_config import LLAMA
 
-import dataclasses
 from lightning_jax.models import HybridLM, RopeScaling
 from lightning_jax.models.hybrid import runs
 from lightning_jax.objectives import NextToken
@@ -98,10 +98,6 @@ def test_logits_loss_and_gradients_equal_hugging_face(path):
         parameter.set_value(jnp.asarray(weights[name], jnp.float32))
 
     tokens = golden["tokens"].astype(np.int32)
-    hidden_BTD, _ = jax.jit(lambda model: model(tokens))(model)
-    logits = np.asarray(hidden_BTD @ model.output_weights())
-    np.testing.assert_allclose(logits, golden["logits"], rtol=1e-5, atol=1e-5 * np.abs(golden["logits"]).max())
-
     batch = {
         "inputs": tokens,
         "targets": golden["targets"].astype(np.int32),
@@ -113,21 +109,21 @@ def test_logits_loss_and_gradients_equal_hugging_face(path):
     objective = NextToken(config)
 
     @jax.jit
-    def loss_and_gradients(parameters):
+    def outputs(parameters):
         def loss(parameters):
             return objective.loss(objective.sums(nnx.merge(graphdef, parameters), batch))[0]
 
-        return jax.value_and_grad(loss)(parameters)
+        model = nnx.merge(graphdef, parameters)
+        return model(tokens)[0] @ model.output_weights(), *jax.value_and_grad(loss)(parameters)
 
-    loss, gradients = loss_and_gradients(parameters)
+    logits, loss, gradients = outputs(parameters)
+    np.testing.assert_allclose(logits, golden["logits"], rtol=1e-5, atol=1e-5 * np.abs(golden["logits"]).max())
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
     expected = {key.removeprefix("gradient/"): golden[key] for key in golden if key.startswith("gradient/")}
     expected = ours(config, expected)
     scale = max(np.abs(gradient).max() for gradient in expected.values())
     for name, gradient in flat(gradients).items():
-        np.testing.assert_allclose(
-            gradient[...], expected[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name
-        )
+        np.testing.assert_allclose(gradient[...], expected[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
 def test_the_goldens_cover_both_families():

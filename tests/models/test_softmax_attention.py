@@ -155,6 +155,19 @@ def test_sharding_over_batch_and_heads_moves_no_activations():
     assert_close(compiled(*arrays, placed_ids), by_jax((q, k, v, do), ids, jnp.float32), 1e-6)
 
 
+def test_shard_map_equals_one_device():
+    (q, k, v, do), ids = random_inputs(70, heads=8, groups=4, borders=3)
+    by_head, by_row = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
+    sharded = jax.shard_map(
+        lambda *x: _run(*x, "blocked"),
+        mesh=Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")),
+        in_specs=(by_head, by_head, by_head, by_head, by_row),
+        out_specs=(by_head,) * 4,
+    )
+    results = jax.jit(sharded)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, do)), ids)
+    assert_close(results, by_jax((q, k, v, do), ids, jnp.float32), 1e-6)
+
+
 def test_memory_of_blocks_is_linear_in_length():
     def gradient(q, k, v):
         return jax.grad(lambda *x: softmax_attention(*x, implementation="blocked").sum(), argnums=(0, 1, 2))(q, k, v)

@@ -179,7 +179,11 @@ def test_a_stages_rope_theta_replaces_the_models():
     elsewhere = HybridLM(longer, rngs=nnx.Rngs(0))
     ours, expected, without = (
         jax.jit(lambda batch, objective=objective, model=model: objective.sums(model, batch).cross_entropy)(batch)
-        for objective, model in ((NextToken(MODEL, rope_theta=1e6), model), (NextToken(longer), elsewhere), (NextToken(MODEL), model))
+        for objective, model in (
+            (NextToken(MODEL, rope_theta=1e6), model),
+            (NextToken(longer), elsewhere),
+            (NextToken(MODEL), model),
+        )
     )
     assert ours == expected
     assert ours != without

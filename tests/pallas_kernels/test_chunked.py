@@ -190,6 +190,28 @@ def test_sharding_over_batch_and_heads_needs_no_communication():
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_shard_map_equals_one_device(implementation):
+    case = random_case(20, key_dim=5, borders=3)
+    attention = partial(lightning_attention, chunk_size=8, implementation=implementation)
+    by_head = PartitionSpec("data", None, "tensor")
+    sharded = jax.shard_map(
+        lambda q, k, v, log_decay, ids: attention(q, k, v, log_decay, segment_ids=ids),
+        mesh=Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")),
+        in_specs=(by_head, by_head, by_head, PartitionSpec("tensor"), PartitionSpec("data")),
+        out_specs=by_head,
+    )
+    q, k, v, log_decay = (jnp.asarray(x, jnp.float32) for x in (case.q, case.k, case.v, case.log_decay))
+    ids = jnp.asarray(case.segment_ids)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda q, k, v: jnp.sin(f(q, k, v)).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    expected = gradients(lambda q, k, v: attention(q, k, v, log_decay, segment_ids=ids))
+    for x, y in zip(gradients(lambda q, k, v: sharded(q, k, v, log_decay, ids)), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
+
+
 def test_memory_of_forward_and_backward_is_linear_in_length():
     def gradient(q, k, v):
         return jax.grad(lambda *x: lightning_attention(*x, -np.array(DECAYS)).sum(), argnums=(0, 1, 2))(q, k, v)

@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_hybrid import LENGTH, ROWS, collectives, config, loss_and_gradients, mesh
 
 from lightning_jax import parallel
 from lightning_jax.models import Operators
+from lightning_jax.models.experts import ExpertWeights
 
 ONE_DEVICE = (1, 1, 1, 1)
 # data x fsdp x expert x tensor
@@ -100,3 +103,28 @@ def test_constrain_places_an_activation():
     on_mesh = mesh(2, 2, 1, 2)
     x = jax.jit(lambda x: parallel.constrain(x, ("batch", "sequence", None), on_mesh))(np.zeros((8, 3, 4)))
     assert x.sharding.shard_shape(x.shape) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "capacity"])
+def test_gathered_expert_weights_are_not_kept_for_the_backward_pass(dispatch):
+    on_mesh = mesh(1, 8, 1, 1)
+    experts = parallel.operators(on_mesh, config(dispatch, "float32")).experts
+    layers, rows, num_experts, D, F = 8, 8, 4, 64, 128
+    weights = ExpertWeights(
+        *(jax.ShapeDtypeStruct((layers, num_experts, *shape), jnp.float32) for shape in ((D, F), (D, F), (F, D)))
+    )
+    split = ExpertWeights(*(PartitionSpec(None, None, *spec) for spec in (("fsdp",), ("fsdp",), (None, "fsdp"))))
+    split = jax.tree.map(lambda spec: NamedSharding(on_mesh, spec), split)
+    expert_BTk = jnp.zeros((rows, 1, 1), jnp.int32)
+    weight_BTk, mask_BT = jnp.ones((rows, 1, 1)), jnp.ones((rows, 1), bool)
+
+    def loss(weights, x_BTD):
+        def layer(x_BTD, weights):
+            return experts(x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT)[0], None
+
+        return jnp.sum(jax.lax.scan(layer, x_BTD, weights)[0])
+
+    gradient = jax.jit(jax.grad(loss), in_shardings=(split, parallel.batch_sharding(on_mesh)))
+    compiled = gradient.lower(weights, jax.ShapeDtypeStruct((rows, 1, D), jnp.float32)).compile()
+    all_layers = sum(weight.size * weight.dtype.itemsize for weight in weights)
+    assert compiled.memory_analysis().temp_size_in_bytes < all_layers / 2
