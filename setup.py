@@ -1,4 +1,4 @@
-"""Packaging of lightning_jax. `pip install -e .` installs what the main job needs, on a CPU; accelerators are extras."""
+"""`pip install -e .` installs what the main job needs on a CPU; accelerators are extras."""
 
 import pathlib
 

@@ -2,9 +2,9 @@
 
     python benchmarks/python_share.py
 
-Runs the main job for some steps and compares the processor time of the main thread (the loop, dispatch, logging; reading
-ahead is on other threads) with the wall time of the steps. What the devices compute runs on threads of XLA. Writes
-benchmarks/results/python_share.md and .json; takes about a minute.
+Runs the main job for some steps and compares the processor time of the main thread (the loop, dispatch, logging) with
+the wall time of the steps. Reading ahead and what the devices compute are on other threads. Writes python_share.md and
+.json to benchmarks/results/; takes about a minute.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             mixture=recipes.EMBEDDED_MIXTURE,
             batch_size=batch_size(batch),
             optimizer=M1_ADAMW,
-            schedule=wsd(5e-3, 5e-4, warmup_steps=50, decay_steps=350),
+            schedule=wsd(2e-3, 2e-4, warmup_steps=50, decay_steps=350),
         ),
         "context_extension": stage(
             tokens=60 * long_batch,
@@ -97,7 +97,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             mixture=recipes.EMBEDDED_MIXTURE,
             batch_size=batch_size(long_batch),
             optimizer=M1_ADAMW,
-            schedule=constant(5e-4),
+            schedule=constant(2e-4),
         ),
     }
 

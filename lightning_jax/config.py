@@ -25,7 +25,7 @@ from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline.config import DataConfig, MixtureConfig
 from lightning_jax.metrics.config import MetricsConfig
 from lightning_jax.models.config import ModelConfig
-from lightning_jax.optimizers.config import BatchSizeConfig, OptimizerConfig, ScheduleConfig
+from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig, learning_rate
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
 
@@ -64,6 +64,11 @@ class StageConfig:
                     f"batch_size.tokens: {batch_tokens} is no multiple of context_length={self.context_length}; "
                     f"{nearest} would be"
                 )
+        if not (found or self.batch_size.problems() or self.schedule.problems()):
+            try:
+                learning_rate(self.schedule, BatchSizes(self.batch_size, self.context_length, self.tokens).num_steps)
+            except ValueError as error:
+                found.append(str(error))
         return found
 
 
@@ -118,22 +123,30 @@ class RunConfig:
         except MeshError as error:
             return [f"config.{error}"]
         model = self.model
-        splits = [("model.num_heads", model.num_heads, "tensor", mesh["tensor"])]
+        splits = [
+            ("model.num_heads", model.num_heads, "tensor", mesh["tensor"]),
+            ("model.intermediate_size", model.intermediate_size, "tensor", mesh["tensor"]),
+            ("model.vocab_size", model.vocab_size, "tensor", mesh["tensor"]),
+            ("model.hidden_size", model.hidden_size, "fsdp", mesh["fsdp"]),
+        ]
         if "softmax" in model.layer_pattern:
             splits.append(("model.num_kv_heads", model.num_kv_heads, "tensor", mesh["tensor"]))
-        splits.append(("model.intermediate_size", model.intermediate_size, "tensor", mesh["tensor"]))
-        splits.append(("model.hidden_size", model.hidden_size, "fsdp", mesh["fsdp"]))
         if model.num_experts:
             splits.append(("model.num_experts", model.num_experts, "expert", mesh["expert"]))
-        replicas = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+        shards, too_small = mesh["data"] * mesh["fsdp"] * mesh["expert"], []
         for name in self.run_stages:
             stage = self.stages[name]
-            splits.extend(
-                (f"stages.{name}.batch_size.tokens / context_length", tokens // stage.context_length, axis, replicas)
-                for tokens in stage.batch_size.tokens
-                for axis in ["data x fsdp x expert"]
-            )
-        return [
+            for tokens in stage.batch_size.tokens:
+                rows = tokens // stage.context_length
+                field = f"stages.{name}.batch_size.tokens / context_length"
+                splits.append((field, rows, "data x fsdp x expert", shards))
+            least = shards * stage.context_length
+            if 0 < stage.batch_size.micro_batch_tokens < least:
+                too_small.append(
+                    f"config.stages.{name}.batch_size.micro_batch_tokens: {stage.batch_size.micro_batch_tokens} is not "
+                    f"even a row for each of {shards} devices; make it at least {least}, or 0 for no micro-batches"
+                )
+        return too_small + [
             f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
             for field, size, axis, parts in splits
             if size % parts

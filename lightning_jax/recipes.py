@@ -236,7 +236,7 @@ def embedded() -> ConfigDict:
                 "eos": "<|endoftext|>",
             },
             "cache_dir": "",
-            "validation_fraction": 0.02,
+            "validation_fraction": 0.05,
             "on_bad_record": "skip",
             "max_document_bytes": 2**20,
         }

@@ -41,13 +41,11 @@ def num_micro_batches(config: StageConfig, rows: int, shards: int) -> int:
     """Into how many parts a batch of `rows` is cut: the fewest that are small enough and spread over all shards.
 
     Args:
-      shards: into how many parts the mesh splits the rows of each micro-batch.
+      shards: into how many parts the mesh splits the rows of each micro-batch; divides `rows`.
     """
     most = config.batch_size.micro_batch_tokens or rows * config.context_length
-    fitting = (
+    return next(
         parts
         for parts in range(1, rows // shards + 1)
         if rows % (parts * shards) == 0 and rows // parts * config.context_length <= most
     )
-    # Where not even one row for each shard is small enough, that is the smallest there is.
-    return next(fitting, rows // shards)

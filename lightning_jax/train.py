@@ -352,6 +352,7 @@ class Trainer:
             temperature=settings.sample_temperature,
             seed=self.config.seed,
             rope_theta=stage.config.rope_theta,
+            shards=self._shards,
         )
         for prompt, ids in zip(settings.sample_prompts, continuations, strict=True):
             text = tokenizer.decode(ids)

@@ -24,18 +24,27 @@ def sample(
     temperature: float,
     seed: int,
     rope_theta: float,
+    shards: int = 1,
 ) -> list[list[int]]:
-    """Token ids that continue each prompt, `num_tokens` of them. A temperature of 0 takes the likeliest token."""
+    """Token ids that continue each prompt, `num_tokens` of them.
+
+    Args:
+      prompts: token ids, at least one each.
+      temperature: divides the logits; 0 takes the likeliest token.
+      shards: into how many parts the model's layout splits its rows; the prompts are filled up to a multiple of it.
+    """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("sample: a prompt has no tokens; begin it with the tokenizer's bos or eos token")
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens_BT = np.zeros((len(prompts), lengths_B.max() + num_tokens), np.int32)
-    for row, prompt in zip(tokens_BT, prompts, strict=True):
+    filled = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
+    lengths_B = np.array([len(prompt) for prompt in filled], np.int32)
+    tokens_BT = np.zeros((len(filled), lengths_B.max() + num_tokens), np.int32)
+    for row, prompt in zip(tokens_BT, filled, strict=True):
         row[: len(prompt)] = prompt
     tokens_BT = np.asarray(
         _continue(graphdef, params, tokens_BT, lengths_B, jax.random.key(seed), num_tokens, temperature, rope_theta)
     )
-    return [row[n : n + num_tokens].tolist() for row, n in zip(tokens_BT, lengths_B, strict=True)]
+    continuations = [row[n : n + num_tokens].tolist() for row, n in zip(tokens_BT, lengths_B, strict=True)]
+    return continuations[: len(prompts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
