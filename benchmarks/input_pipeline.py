@@ -10,12 +10,7 @@ benchmarks/results/input_pipeline.md and .json.
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import recording
 
 from lightning_jax.input_pipeline.batches import GlobalBatches
 from lightning_jax.input_pipeline.config import MixtureConfig
@@ -34,7 +30,6 @@ from lightning_jax.optimizers.config import BatchSizeConfig
 
 BATCH_TOKENS = 131_072
 STEPS_PER_ROUND = 24
-RESULTS = Path(__file__).with_name("results")
 
 
 def make_store(folder: Path, num_documents: int, seed: int) -> TokenStore:
@@ -92,15 +87,13 @@ def measure(rounds: int, documents: int) -> tuple[list[dict], list[dict]]:
     return throughput, packing
 
 
-def report(throughput: list[dict], packing: list[dict], about: dict) -> str:
+def report(throughput: list[dict], packing: list[dict], rounds: int, documents: int) -> list[str]:
     """The results as Markdown."""
     lines = [
         "# Input pipeline: tokens delivered per second",
         "",
-        f"`{about['command']}` on {about['date']}: {about['machine']}, load average "
-        f"{about['load']}; {about['versions']}.",
-        f"Batches of {BATCH_TOKENS:,} tokens; median of {about['rounds']} rounds of {STEPS_PER_ROUND} batches; "
-        f"10 corpora of {about['documents']:,} documents each.",
+        f"Batches of {BATCH_TOKENS:,} tokens; median of {rounds} rounds of {STEPS_PER_ROUND} batches; "
+        f"10 corpora of {documents:,} documents each.",
         "",
         "| packing | context | corpora | direct, Mtok/s | read ahead, Mtok/s |",
         "|---|---:|---:|---:|---:|",
@@ -119,36 +112,28 @@ def report(throughput: list[dict], packing: list[dict], about: dict) -> str:
     ]
     for row in packing:
         lines.append(f"| {row['context_length']:,} | {row['seconds']:.2f} | {row['rows']:,} | {row['fill']:.5f} |")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=20_000, help="per corpus")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     throughput, packing = measure(arguments.rounds, arguments.documents)
-    about = {
-        "command": f"python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "versions": ", ".join(
-            [
-                f"Python {platform.python_version()}",
-                *(f"{n} {importlib.metadata.version(n)}" for n in ("grain", "numpy")),
-            ]
-        ),
-        "rounds": arguments.rounds,
-        "documents": arguments.documents,
-    }
-    text = report(throughput, packing, about)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "input_pipeline.md").write_text(text, encoding="utf-8")
-    everything = {**about, "throughput": throughput, "packing": packing}
-    (arguments.output / "input_pipeline.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-    print(text)
+    recording.write(
+        "input_pipeline",
+        report(throughput, packing, arguments.rounds, arguments.documents),
+        {
+            "rounds": arguments.rounds,
+            "documents": arguments.documents,
+            "throughput": throughput,
+            "packing": packing,
+        },
+        {"lightning_jax": recording.package_versions("grain", "numpy")},
+        folder=arguments.output,
+    )
 
 
 if __name__ == "__main__":

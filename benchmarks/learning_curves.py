@@ -48,7 +48,6 @@ def read_run(folder: Path) -> dict:
         "unigram_entropy": entropy,
         "validation_loss": curves,
         "data": {name: config[name] for name in SAME_DATA},
-        "commands": [session["command"] for session in facts["sessions"]],
     }
 
 

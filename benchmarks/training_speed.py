@@ -4,28 +4,22 @@
 
 PYTHON is an interpreter that has torch and transformers; the one that runs this file has lightning_jax. A step is
 forward, backward and AdamW in float32, of the same model on the same batch and number of threads. Each side is a
-process that stays alive, compiles and warms up before the clock starts, times its own steps when asked, and sleeps
-while the other runs; they take turns, and every second pair begins with the other one. PyTorch runs eagerly, as
-transformers trains by default, with its fused attention and fused AdamW.
+process that compiles and warms up before the clock starts and times its own steps when asked; they take turns, and
+every second pair begins with the other one. PyTorch runs eagerly, as transformers trains by default, with its fused
+attention and fused AdamW.
 
 Result: benchmarks/results/training_speed.json and .md. `--quick` proves in a minute that it works and writes nothing.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import recording
+from sides import Answers, Side, ratios, take_turns
 
 # 12M parameters each, with the sizes that both sides read. A pattern is repeated; H heads of 64.
 LLAMA = {
@@ -65,66 +59,45 @@ def main() -> None:
     if arguments.quick:
         models = [model | TINY | {"name": f"tiny {model['name']}"} for model in models]
         shapes, pairs = ((2, 64), (1, 256)), 2
-    workers = {
-        "lightning_jax": Worker(sys.executable, "jax", arguments.threads),
-        "transformers": Worker(arguments.torch_python, "torch", arguments.threads),
-    }
     results = []
-    for model in models:
-        for rows, length in shapes:
-            results.append(compare(workers, model, rows, length, pairs))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/training_speed.py --torch-python PYTHON --pairs {pairs} "
-        f"--threads {arguments.threads}",
-        "machine": f"{cpu()}, {arguments.threads} of {os.cpu_count()} cores, {platform.platform()}",
-        "versions": {name: worker.versions for name, worker in workers.items()},
-        "results": results,
-    }
-    for worker in workers.values():
-        worker.close()
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "training_speed.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (RESULTS / "training_speed.md").write_text(markdown(record), encoding="utf-8")
+    with (
+        Side(sys.executable, jax_side, arguments.threads) as ours,
+        Side(arguments.torch_python, torch_side, arguments.threads) as theirs,
+    ):
+        sides = {"lightning_jax": ours, "transformers": theirs}
+        for model in models:
+            for rows, length in shapes:
+                results.append(compare(sides, model, rows, length, pairs))
+                print(table_row(results[-1]), flush=True)
+    lines = [
+        "# Training speed on a CPU",
+        "",
+        "Forward, backward and AdamW in float32, the same model and batch on both sides, taking turns; medians of "
+        f"{pairs} pairs. Above 1 ours is faster.",
+        "",
+        "| model | parameters | batch | ours, tokens/s | transformers, tokens/s | ratio (least to most of all pairs) |",
+        "|---|---|---|---|---|---|",
+        *map(table_row, results),
+    ]
+    recording.write(
+        "training_speed",
+        lines,
+        {"results": results},
+        {name: side.versions for name, side in sides.items()},
+        cores=arguments.threads,
+        interpreter=arguments.torch_python,
+        folder=None if arguments.quick else recording.RESULTS,
+    )
 
 
-class Worker:
-    """A side of the comparison: a process that is asked in lines of JSON and answers in lines of JSON."""
-
-    def __init__(self, python: str, side: str, threads: int):
-        command = [python, __file__, "--worker", side, str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self._answer()
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker {shlex.join(self._process.args)} ended; its error is above")
-        return json.loads(line)
-
-
-def compare(workers: dict[str, Worker], model: dict[str, Any], rows: int, length: int, pairs: int) -> dict[str, Any]:
+def compare(sides: dict[str, Side], model: dict[str, Any], rows: int, length: int, pairs: int) -> dict[str, Any]:
     """Builds the model on both sides, then takes turns, one step each."""
-    built = {name: worker.ask(model=model, rows=rows, length=length) for name, worker in workers.items()}
+    built = {name: side.ask(model=model, rows=rows, length=length) for name, side in sides.items()}
     parameters = {answer["parameters"] for answer in built.values()}
     if len(parameters) > 1:
         raise RuntimeError(f"the two sides built different models: {built}")
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for pair in range(pairs):
-        for name in sorted(workers, reverse=pair % 2 == 1):
-            seconds[name].append(workers[name].ask()["seconds"])
-    ratios = [theirs / ours for ours, theirs in zip(seconds["lightning_jax"], seconds["transformers"], strict=True)]
+    seconds = take_turns({name: side.ask for name, side in sides.items()}, pairs)
+    least, median, most = ratios(seconds["transformers"], seconds["lightning_jax"])
     return {
         "model": model["name"],
         "parameters": parameters.pop(),
@@ -133,74 +106,36 @@ def compare(workers: dict[str, Worker], model: dict[str, Any], rows: int, length
         "first_loss": {name: answer["loss"] for name, answer in built.items()},
         "seconds": seconds,
         "tokens_per_second": {name: rows * length / statistics.median(times) for name, times in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio": median,
+        "ratio_range": [least, most],
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as a table in Markdown."""
-    lines = [
-        "| model | parameters | batch | ours, tokens/s | transformers, tokens/s | ratio (least to most of all pairs) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        speed, (least, most) = result["tokens_per_second"], result["ratio_range"]
-        lines.append(
-            f"| {result['model']} | {result['parameters']:,} | {result['rows']} x {result['length']:,} | "
-            f"{speed['lightning_jax']:,.0f} | {speed['transformers']:,.0f} | "
-            f"{result['ratio']:.2f} ({least:.2f} to {most:.2f}) |"
-        )
-    return "\n".join(lines)
-
-
-def markdown(record: dict[str, Any]) -> str:
-    versions = "; ".join(f"{name}: {_words(packages)}" for name, packages in record["versions"].items())
-    pairs = len(record["results"][0]["seconds"]["lightning_jax"])
+def table_row(result: dict[str, Any]) -> str:
+    speed, (least, most) = result["tokens_per_second"], result["ratio_range"]
     return (
-        "# Training speed on a CPU\n\nForward, backward and AdamW in float32, the same model and batch on both sides, "
-        f"taking turns; medians of {pairs} pairs. Above 1 ours is faster.\n\n{table(record['results'])}\n\n"
-        f"- Date: {record['date']}\n- Machine: {record['machine']}\n- Versions: {versions}\n"
-        f"- Command: `{record['command']}`\n"
+        f"| {result['model']} | {result['parameters']:,} | {result['rows']} x {result['length']:,} | "
+        f"{speed['lightning_jax']:,.0f} | {speed['transformers']:,.0f} | "
+        f"{result['ratio']:.2f} ({least:.2f} to {most:.2f}) |"
     )
 
 
-def _words(packages: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in packages.items())
-
-
-def cpu() -> str:
-    """The processor's name as Linux gives it."""
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.machine()
-
-
-def work(side: str, threads: int) -> None:
-    """A worker's life: builds what it is asked to, then times a step for each empty question."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not be taken for an answer
-    if hasattr(os, "sched_setaffinity"):  # Linux; before a library counts the cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    versions, build = {"jax": jax_side, "torch": torch_side}[side](threads)
-
-    def answer(**reply: Any) -> None:
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
-
-    answer(python=platform.python_version(), **versions)
+def timed(build: Callable[..., tuple[int, Step]]) -> Callable[..., Any]:
+    """Builds what a question describes; answers an empty one with the seconds of a step."""
     step: Step
-    for line in sys.stdin:
-        question = json.loads(line)
+
+    def answer(**question: Any) -> dict[str, float] | float:
+        nonlocal step
         if question:
             parameters, step = build(**question)
             loss = step()  # compiles
             step()
-            answer(parameters=parameters, loss=loss)
-        else:
-            begin = time.perf_counter()
-            step()
-            answer(seconds=time.perf_counter() - begin)
+            return {"parameters": parameters, "loss": loss}
+        begin = time.perf_counter()
+        step()
+        return time.perf_counter() - begin
+
+    return answer
 
 
 def random_tokens(model: dict[str, Any], rows: int, length: int):
@@ -209,7 +144,7 @@ def random_tokens(model: dict[str, Any], rows: int, length: int):
     return np.random.default_rng(0).integers(model["vocab_size"], size=(rows, length + 1), dtype=np.int32)
 
 
-def jax_side(threads: int) -> tuple[dict[str, str], Callable[..., tuple[int, Step]]]:
+def jax_side(threads: int) -> Answers:
     """lightning_jax; XLA takes as many threads as the process may use cores."""
     import jax
     import jax.numpy as jnp
@@ -282,10 +217,10 @@ def jax_side(threads: int) -> tuple[dict[str, str], Callable[..., tuple[int, Ste
 
         return sum(leaf.size for leaf in jax.tree.leaves(params)), step
 
-    return {"jax": jax.__version__}, build
+    return recording.package_versions("jax", "flax", "optax"), timed(build)
 
 
-def torch_side(threads: int) -> tuple[dict[str, str], Callable[..., tuple[int, Step]]]:
+def torch_side(threads: int) -> Answers:
     """transformers on PyTorch."""
     import torch
     import transformers
@@ -342,7 +277,7 @@ def torch_side(threads: int) -> tuple[dict[str, str], Callable[..., tuple[int, S
 
         return sum(parameter.numel() for parameter in network.parameters()), step
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__}, build
+    return recording.package_versions("torch", "transformers"), timed(build)
 
 
 def deepnorm_alpha(model: dict[str, Any]) -> float:
@@ -350,7 +285,4 @@ def deepnorm_alpha(model: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], int(sys.argv[3]))
-    else:
-        main()
+    main()

@@ -138,7 +138,7 @@ def _extension(recipe: str, rate: float, batch: int) -> dict[str, ConfigDict]:
 def _small_stages(recipe: str, size: str) -> dict[str, ConfigDict]:
     """The recipe's curves in small, then a tenth of the tokens at four times the length: ours throughout."""
     num_steps, rows, context_length, micro_rows, peak, warmup_steps = {
-        "laptop": (350, 16, 256, 16, 5e-3, 30),
+        "laptop": (350, 16, 256, 16, 2e-3, 30),
         "1b": (20_000, 128, 8192, 2, 6e-4, 500),
         "8b": (40_000, 128, 8192, 2, 3e-4, 500),
     }[size]

@@ -25,7 +25,7 @@ from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline.config import DataConfig, MixtureConfig
 from lightning_jax.metrics.config import MetricsConfig
 from lightning_jax.models.config import ModelConfig
-from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig, learning_rate
+from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
 
@@ -64,11 +64,14 @@ class StageConfig:
                     f"batch_size.tokens: {batch_tokens} is no multiple of context_length={self.context_length}; "
                     f"{nearest} would be"
                 )
+        if 0 < self.batch_size.micro_batch_tokens < self.context_length:
+            found.append(
+                f"batch_size.micro_batch_tokens: {self.batch_size.micro_batch_tokens} is less than a row of "
+                f"context_length={self.context_length}; make it at least that, or 0 for no micro-batches"
+            )
         if not (found or self.batch_size.problems() or self.schedule.problems()):
-            try:
-                learning_rate(self.schedule, BatchSizes(self.batch_size, self.context_length, self.tokens).num_steps)
-            except ValueError as error:
-                found.append(str(error))
+            sizes = BatchSizes(self.batch_size, self.context_length, self.tokens)
+            found.extend(f"schedule.{problem}" for problem in self.schedule.problems_in(sizes.num_steps))
         return found
 
 
@@ -133,20 +136,14 @@ class RunConfig:
             splits.append(("model.num_kv_heads", model.num_kv_heads, "tensor", mesh["tensor"]))
         if model.num_experts:
             splits.append(("model.num_experts", model.num_experts, "expert", mesh["expert"]))
-        shards, too_small = mesh["data"] * mesh["fsdp"] * mesh["expert"], []
+        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
         for name in self.run_stages:
             stage = self.stages[name]
             for tokens in stage.batch_size.tokens:
                 rows = tokens // stage.context_length
                 field = f"stages.{name}.batch_size.tokens / context_length"
                 splits.append((field, rows, "data x fsdp x expert", shards))
-            least = shards * stage.context_length
-            if 0 < stage.batch_size.micro_batch_tokens < least:
-                too_small.append(
-                    f"config.stages.{name}.batch_size.micro_batch_tokens: {stage.batch_size.micro_batch_tokens} is not "
-                    f"even a row for each of {shards} devices; make it at least {least}, or 0 for no micro-batches"
-                )
-        return too_small + [
+        return [
             f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
             for field, size, axis, parts in splits
             if size % parts

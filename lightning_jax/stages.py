@@ -47,5 +47,5 @@ def num_micro_batches(config: StageConfig, rows: int, shards: int) -> int:
     return next(
         parts
         for parts in range(1, rows // shards + 1)
-        if rows % (parts * shards) == 0 and rows // parts * config.context_length <= most
+        if rows % (parts * shards) == 0 and rows // parts // shards * config.context_length <= most
     )

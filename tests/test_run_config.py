@@ -44,6 +44,7 @@ MISTAKES = {
     "stages.pretraining.optimizer.beta1=1.5": ("optimizer.beta1", "1.5"),
     "stages.pretraining.schedule.peak=-1": ("schedule.peak", "-1"),
     "stages.pretraining.schedule.decay_steps=9999": ("stages.pretraining.schedule.decay_steps", "do not fit"),
+    "stages.pretraining.batch_size.micro_batch_tokens=100": ("batch_size.micro_batch_tokens", "context_length=256"),
     "run_stages=pretrainin": ("run_stages", "did you mean 'pretraining'?"),
     "run_stages=pretraining,pretraining": ("run_stages", "named twice"),
     "data.tokenizer.vocab_size=100000": ("data.tokenizer.vocab_size", "exceeds model.vocab_size=4096"),
@@ -80,7 +81,6 @@ def test_all_mistakes_are_told_at_once():
         (["mesh.tensor=8", "mesh.fsdp=1"], "model.num_heads"),
         (["mesh.expert=8", "mesh.fsdp=1", "model.num_experts=4"], "model.num_experts"),
         (["stages.pretraining.batch_size.tokens=1024"], "stages.pretraining.batch_size.tokens"),
-        (["stages.pretraining.batch_size.micro_batch_tokens=256"], "stages.pretraining.batch_size.micro_batch_tokens"),
         (["mesh.tensor=8", "mesh.fsdp=1", "model.vocab_size=4097"], "model.vocab_size"),
     ],
 )
