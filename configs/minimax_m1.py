@@ -104,14 +104,14 @@ def _laptop_stages() -> dict[str, ConfigDict]:
 
 def _scaled_stages(tokens: float, peak: float) -> dict[str, ConfigDict]:
     """Pre-training on `tokens`, then a tenth as many at 32K: ours throughout."""
-    batch, micro = 2**20, 2**14
+    batch = 2**20
     return {
         "pretraining": stage(
             tokens=tokens,
             context_length=8192,
             rope_theta=1e4,
             mixture=PRETRAINING,
-            batch_size=batch_size(batch, micro_batch_tokens=micro),
+            batch_size=batch_size(batch, micro_batch_tokens=2 * 8192),
             optimizer=M1_ADAMW,
             schedule=wsd(peak, peak / 10, warmup_steps=500, decay_steps=steps(tokens * 2 / 3, batch)),
         ),
@@ -120,7 +120,7 @@ def _scaled_stages(tokens: float, peak: float) -> dict[str, ConfigDict]:
             context_length=32 * 1024,
             rope_theta=1e6,
             mixture=blend((0.3, PRETRAINING), (0.7, {"long_32k_128k": 1.0})),
-            batch_size=batch_size(batch, micro_batch_tokens=micro),
+            batch_size=batch_size(batch, micro_batch_tokens=32 * 1024),
             optimizer=M1_ADAMW,
             schedule=constant(peak / 10),
         ),

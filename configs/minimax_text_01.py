@@ -167,7 +167,7 @@ def _small_stages(recipe: str, size: str) -> dict[str, ConfigDict]:
             context_length=4 * context_length,
             rope_theta=1e5,
             mixture=longer,
-            batch_size=batch_size(4 * batch, micro_batch_tokens=micro),
+            batch_size=batch_size(4 * batch, micro_batch_tokens=max(micro, 4 * context_length)),
             schedule=constant(schedule.final),
             optimizer=ADAMW[recipe],
         ),
