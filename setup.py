@@ -33,6 +33,6 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "zstd": ["zstandard"],  # reads .jsonl.zst
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard"],
     },
 )
