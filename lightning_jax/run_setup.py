@@ -18,6 +18,7 @@ from lightning_jax.input_pipeline import (
     unigram_cross_entropy,
 )
 from lightning_jax.metrics import formatting, record_session
+from lightning_jax.models.hybrid import runs
 from lightning_jax.stages import Stage
 
 
@@ -58,14 +59,16 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
 def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -> dict[str, str | list[str]]:
     """The facts in the header of a run."""
     model, devices = config.model, jax.devices()
-    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(*_mesh_axes(config), strict=True) if size > 1) or "none"
+    sizes = config.resolved_mesh(len(devices))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "none"
+    kinds = " + ".join(f"{run.length} {run.kind}" for run in runs(model.layer_pattern))
     return {
         "size": config.size_reason,
         "devices": f"{len(devices)} x {devices[0].device_kind}, split: {mesh}",
         "model": (
             f"{formatting.count(model.num_parameters())} parameters, "
             f"{formatting.count(model.num_active_parameters())} active without embeddings; "
-            f"{model.num_layers} layers of {' + '.join(_runs(model.layer_pattern))}"
+            f"{model.num_layers} layers of {kinds}"
         ),
         "stages": [
             f"{stage.name}: {stage.batch_sizes.num_steps:,} steps, "
@@ -103,19 +106,3 @@ def record_run(config: RunConfig, stages: Sequence[Stage], data: Data, folder: p
         "corpora": {name: str(corpus) for name, corpus in data.corpora.items()},
     }
     record_session(folder, facts, first_step=first_step, devices=jax.devices())
-
-
-def _mesh_axes(config: RunConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    sizes = config.resolved_mesh(jax.device_count())
-    return tuple(sizes), tuple(sizes.values())
-
-
-def _runs(pattern: Sequence[str]) -> list[str]:
-    """("lightning",) * 7 + ("softmax",) as ["7 lightning", "1 softmax"]."""
-    runs: list[list] = []
-    for kind in pattern:
-        if runs and runs[-1][1] == kind:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, kind])
-    return [f"{count} {kind}" for count, kind in runs]

@@ -73,7 +73,7 @@ class Trainer:
         self.stages = plan_stages(config)
         self.mesh = parallel.make_mesh(config.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
-        self._shards = parallel.mesh_size(self.mesh, parallel.RULES.mesh_axes("batch"))
+        self._shards = parallel.batch_shards(self.mesh)
 
         operators = parallel.operators(self.mesh, config.model)
         make_model = functools.partial(HybridLM, config.model, operators=operators)

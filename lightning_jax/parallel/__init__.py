@@ -11,7 +11,6 @@ from lightning_jax.parallel.sharding import (
     batch_shards,
     constrain,
     create_sharded,
-    mesh_size,
     shardings,
 )
 
@@ -26,7 +25,6 @@ __all__ = [
     "constrain",
     "create_sharded",
     "make_mesh",
-    "mesh_size",
     "operators",
     "shardings",
 ]
