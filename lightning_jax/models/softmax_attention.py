@@ -8,7 +8,7 @@ C tokens of a block (i, j its queries and keys), N blocks.
 
 import math
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +79,9 @@ def _cudnn_problem(q_BTHK: jax.Array) -> str | None:
 def _block_size(batch: int, length: int, heads: int) -> int:
     if jax.default_backend() != "cpu":
         return min(512, length)
-    # The scores of one pair of blocks, B·H·C² fp32, should stay in a few MB of cache; and a sequence of fewer than
+    # The scores of one pair of blocks, B·H·C² fp32, should stay in a MB of cache; and a sequence of fewer than
     # four blocks computes mostly scores that the causal mask then discards. Measured for B·H from 4 to 64.
-    cached = math.isqrt(2**20 // (batch * heads))
+    cached = math.isqrt(2**18 // (batch * heads))
     return min(next((size for size in (512, 256, 128) if size <= cached and 4 * size <= length), 64), length)
 
 
@@ -111,7 +111,7 @@ def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
     key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
 
     def query_block(_, key_blocks):
-        _, i = key_blocks
+        i = key_blocks.last
         q_BGRCK = _load(q_BGRTK, i, block)
 
         def key_block(j, carry, mask_BCC):
@@ -146,7 +146,7 @@ def _backward(block, residuals, do_BGRTK):
     delta_BGRT1 = (do_BGRTK.astype(sum_dtype) * o_BGRTK).sum(-1, keepdims=True)
 
     def query_block(carry, key_blocks):
-        _, i = key_blocks
+        i = key_blocks.last
         q_BGRCK, do_BGRCK, lse_BGRC1, delta_BGRC1 = (
             _load(x, i, block) for x in (q_BGRTK, do_BGRTK, lse_BGRT1, delta_BGRT1)
         )
@@ -175,31 +175,46 @@ def _backward(block, residuals, do_BGRTK):
 _flash_attention.defvjp(_forward, _backward)
 
 
-def _visible_key_blocks(documents_BT: jax.Array | None, length: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """For each block of queries, the first block of keys that any row's queries see, and the last: its own."""
+class KeyBlocks(NamedTuple):
+    """For a block of queries, which blocks of keys hold any that they see.
+
+    The queries of every row see all keys of the blocks from `whole` up to `last`, their own, of which they see the
+    lower triangle; of those from `first` up to `whole`, some query does not see some key.
+    """
+
+    first: jax.Array
+    whole: jax.Array
+    last: jax.Array
+
+
+def _visible_key_blocks(documents_BT: jax.Array | None, length: int, block: int) -> KeyBlocks:
+    """The blocks of keys for each block of queries [N]."""
     last_N = jnp.arange(length // block, dtype=jnp.int32)
     if documents_BT is None:
-        return jnp.zeros_like(last_N), last_N
+        return KeyBlocks(jnp.zeros_like(last_N), jnp.zeros_like(last_N), last_N)
     border_BT = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)))
     document_start_BT = lax.cummax(jnp.where(border_BT, jnp.arange(length, dtype=jnp.int32), 0), axis=1)
-    return document_start_BT[:, ::block].min(0) // block, last_N
+    earliest_N = document_start_BT[:, ::block].min(0)
+    latest_N = document_start_BT[:, block - 1 :: block].max(0)
+    return KeyBlocks(earliest_N // block, jnp.minimum((latest_N + block - 1) // block, last_N), last_N)
 
 
-def _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block):
-    """key_block(j, carry, mask) for j = first..i; the mask [B, C, C] is None where every query sees every key."""
-    first, i = key_blocks
+def _visit_key_blocks(key_block, carry, key_blocks: KeyBlocks, documents_BT, block):
+    """key_block(j, carry, mask) for j = first..last; the mask [B, C, C] is None where every query sees every key."""
+    first, whole, i = key_blocks
+    mask_BCC = jnp.tril(jnp.ones((1, block, block), bool))
+    if documents_BT is not None:
 
-    def same_document(j):
-        if documents_BT is None:
-            return None
-        query_document_BC, key_document_BC = (
-            lax.dynamic_slice_in_dim(documents_BT, n * block, block, 1) for n in (i, j)
-        )
-        return query_document_BC[:, :, None] == key_document_BC[:, None, :]
+        def same_document(j):
+            query_document_BC, key_document_BC = (
+                lax.dynamic_slice_in_dim(documents_BT, n * block, block, 1) for n in (i, j)
+            )
+            return query_document_BC[:, :, None] == key_document_BC[:, None, :]
 
-    carry = lax.fori_loop(first, i, lambda j, carry: key_block(j, carry, same_document(j)), carry)
-    causal_1CC = jnp.tril(jnp.ones((1, block, block), bool))
-    return key_block(i, carry, causal_1CC if documents_BT is None else causal_1CC & same_document(i))
+        carry = lax.fori_loop(first, whole, lambda j, carry: key_block(j, carry, same_document(j)), carry)
+        mask_BCC &= same_document(i)
+    carry = lax.fori_loop(whole, i, lambda j, carry: key_block(j, carry, None), carry)
+    return key_block(i, carry, mask_BCC)
 
 
 def _where(mask_BCC: jax.Array | None, x_BGRCC: jax.Array, otherwise: float) -> jax.Array:
