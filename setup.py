@@ -32,6 +32,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "tpu_compile": ["libtpu"],  # compiles for TPUs on any Linux machine: the tests of the kernels that need it run
         "zstd": ["zstandard"],  # reads .jsonl.zst
         "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard"],
     },

@@ -18,8 +18,10 @@ from lightning_jax.input_pipeline import (
     unigram_cross_entropy,
 )
 from lightning_jax.metrics import formatting, record_session
+from lightning_jax.models import ModelConfig
 from lightning_jax.models.hybrid import runs
 from lightning_jax.stages import Stage
+from pallas_kernels import choose_implementation
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
             f"{formatting.count(model.num_active_parameters())} active without embeddings; "
             f"{model.num_layers} layers of {kinds}"
         ),
+        **_lightning_kernel(model),
         "stages": [
             f"{stage.name}: {stage.batch_sizes.num_steps:,} steps, "
             f"{formatting.count(stage.config.tokens)} tokens, context {stage.config.context_length:,}, "
@@ -78,6 +81,16 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
         ],
         "folder": str(folder),
     }
+
+
+def _lightning_kernel(model: ModelConfig) -> dict[str, str]:
+    """Which implementation computes lightning attention, and why."""
+    if "lightning" not in model.layer_pattern:
+        return {}
+    if model.lightning_implementation != "auto":
+        return {"lightning": f"{model.lightning_implementation}: as the config says"}
+    choice = choose_implementation(model.head_dim, model.head_dim, model.compute_dtype)
+    return {"lightning": f"{choice.name}: {choice.why}"}
 
 
 def record_run(config: RunConfig, stages: Sequence[Stage], data: Data, folder: pathlib.Path, first_step: int) -> None:

@@ -4,7 +4,8 @@ Source: MiniMax-01 (arXiv 2501.08313) section 2.2.
 Shapes: B batch, T sequence, H heads, K key dim, V value dim.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from jax import lax
 
 from pallas_kernels.chunked import chunked_lightning_attention
 from pallas_kernels.reference import recurrent_lightning_attention
-from pallas_kernels.varying import vary_like
+from pallas_kernels.tpu import attention as tpu
+from pallas_kernels.varying import vary_alike
 
-Implementation = Literal["auto", "xla", "reference"]
+Implementation = Literal["auto", "xla", "pallas_tpu", "reference"]
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -46,8 +48,8 @@ def lightning_attention(
       initial_state: [B, H, K, V] in float32 (float64 for fp64 inputs), of the first token's document. None: zeros.
       return_final_state: whether to return the state behind the last token as well, of the last token's document.
         It continues the sequence as the `initial_state` of a further call.
-      implementation: "xla" works chunk by chunk on any platform; "reference" token by token, to compare with;
-        "auto" takes the fastest for the platform.
+      implementation: "xla" works chunk by chunk on any platform; "pallas_tpu" is the kernel for TPUs; "reference" works
+        token by token, to compare with; "auto" takes what `choose_implementation` says.
       chunk_size: tokens per chunk. It changes speed and rounding only. None: chosen for the platform.
 
     Returns:
@@ -58,16 +60,48 @@ def lightning_attention(
     """
     state_dtype = _check(q, k, v, log_decay, segment_ids, initial_state, implementation, chunk_size)
     log_decay = lax.stop_gradient(jnp.asarray(log_decay, state_dtype))
+    batch, _, heads, key_dim = q.shape
     if initial_state is None:
-        batch, _, heads, key_dim = q.shape
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), state_dtype)
-    initial_state = vary_like(initial_state, q)
-    if implementation == "reference":
-        o, final_state = recurrent_lightning_attention(q, k, v, log_decay, segment_ids, initial_state)
-    else:
-        size = min(chunk_size or _default_chunk_size(), q.shape[1])
-        o, final_state = chunked_lightning_attention(q, k, v, log_decay, segment_ids, initial_state, size)
+    operands = vary_alike(q, k, v, log_decay, segment_ids, initial_state)
+    if implementation == "auto":
+        implementation = choose_implementation(key_dim, v.shape[-1], q.dtype).name
+    o, final_state = RUN[implementation](*operands, chunk_size)
     return (o, final_state) if return_final_state else o
+
+
+class Choice(NamedTuple):
+    """What "auto" stands for: the name of an implementation, and in a few words why."""
+
+    name: Implementation
+    why: str
+
+
+def choose_implementation(key_dim: int, value_dim: int, dtype: jnp.dtype) -> Choice:
+    """What `implementation="auto"` takes on this process's default device, for heads and inputs like these."""
+    platform = jax.default_backend()
+    if platform == "tpu":
+        obstacle = tpu.obstacle(key_dim, value_dim, dtype)
+        if obstacle:
+            return Choice("xla", obstacle)
+        return Choice("pallas_tpu", f"the kernel for TPU {tpu.generation().removeprefix('tpu')}")
+    return Choice("xla", f"no kernel for {platform}; the portable form runs everywhere")
+
+
+def _run_reference(q, k, v, log_decay, segment_ids, initial_state, chunk_size):
+    return recurrent_lightning_attention(q, k, v, log_decay, segment_ids, initial_state)
+
+
+def _run_xla(q, k, v, log_decay, segment_ids, initial_state, chunk_size):
+    size = min(chunk_size or _default_chunk_size(), q.shape[1])
+    return chunked_lightning_attention(q, k, v, log_decay, segment_ids, initial_state, size)
+
+
+RUN: dict[Implementation, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "reference": _run_reference,
+    "xla": _run_xla,
+    "pallas_tpu": tpu.lightning_attention,
+}
 
 
 def _default_chunk_size() -> int:

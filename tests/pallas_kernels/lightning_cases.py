@@ -107,3 +107,18 @@ def assert_close(actual: Results, expected: Results, tolerance: float):
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         difference = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
         assert difference <= tolerance * np.abs(y).max(), f"{name} differs by {difference / np.abs(y).max():.1e}"
+
+
+def assert_bf16_costs_only_rounding(case: Case, **options):
+    """With bf16 inputs no error is more than twice that of rounding the exact result to bf16."""
+    inputs = ("q", "k", "v", "do")
+    rounded = case._replace(
+        **{name: np.asarray(jnp.asarray(getattr(case, name), jnp.bfloat16), np.float64) for name in inputs}
+    )
+    results = by_jax(rounded, jnp.bfloat16, **options)
+    assert results.o.dtype == results.dq.dtype == results.dk.dtype == results.dv.dtype == jnp.bfloat16
+    assert results.final_state.dtype == results.d_initial_state.dtype == jnp.float32
+    for name, actual, exact in zip(Results._fields, results, by_loops(rounded), strict=True):
+        rounding = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64) - exact
+        error = np.asarray(actual, np.float64) - exact
+        assert np.linalg.norm(error) <= 2 * np.linalg.norm(rounding), name

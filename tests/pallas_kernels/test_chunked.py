@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lightning_cases import DECAYS, Case, Results, assert_close, by_jax, by_loops, random_case
+from lightning_cases import (
+    DECAYS,
+    Case,
+    Results,
+    assert_bf16_costs_only_rounding,
+    assert_close,
+    by_jax,
+    by_loops,
+    random_case,
+)
 
 from pallas_kernels import lightning_attention
 
@@ -103,21 +112,7 @@ def test_huge_decays_stay_finite_and_exact(slope):
 
 
 def test_bf16_costs_no_more_than_twice_the_rounding_of_its_result():
-    case = random_case(1024, batch=1, key_dim=64, value_dim=64, borders=2)
-    rounded = Case(*(x if x is None else np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in case))
-    rounded = rounded._replace(
-        segment_ids=case.segment_ids,
-        log_decay=case.log_decay,
-        initial_state=case.initial_state,
-        d_final_state=case.d_final_state,
-    )
-    results = by_jax(rounded, jnp.bfloat16)
-    assert results.o.dtype == results.dq.dtype == jnp.bfloat16
-    assert results.final_state.dtype == results.d_initial_state.dtype == jnp.float32
-    for name, actual, exact in zip(Results._fields, results, by_loops(rounded), strict=True):
-        rounding = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64) - exact
-        error = np.asarray(actual, np.float64) - exact
-        assert np.linalg.norm(error) <= 2 * np.linalg.norm(rounding), name
+    assert_bf16_costs_only_rounding(random_case(1024, batch=1, key_dim=64, value_dim=64, borders=2))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import lightning_attention
+from pallas_kernels import choose_implementation, lightning_attention
+from pallas_kernels.tpu import attention as tpu
 
 B, T, H, K, V = 2, 6, 3, 4, 5
 
@@ -56,3 +57,39 @@ def test_without_options_a_row_is_one_document_from_the_zero_state():
 def test_decays_may_be_traced():
     traced = jax.jit(lambda log_decay: lightning_attention(**arguments(log_decay=log_decay)))(-np.ones(H))
     np.testing.assert_allclose(traced, lightning_attention(**arguments()), rtol=1e-6)
+
+
+def test_the_choice_says_why():
+    name, why = choose_implementation(128, 128, jnp.bfloat16)
+    assert name == "xla"
+    assert "cpu" in why
+
+
+@pytest.mark.parametrize(
+    ("generation", "key_dim", "value_dim", "dtype", "name", "why"),
+    [
+        ("v5e", 128, 128, "bfloat16", "pallas_tpu", "TPU v5e"),
+        ("tpu7x", 64, 64, "float32", "pallas_tpu", "TPU 7x"),
+        ("v5e", 80, 80, "bfloat16", "xla", "head dims 64, 96, 128, 256, not 80"),
+        ("v5e", 64, 128, "bfloat16", "xla", "not 64 and 128"),
+        ("v5e", 128, 128, "float64", "xla", "bfloat16 and float32, not float64"),
+        (None, 128, 128, "bfloat16", "xla", "no block sizes for"),
+    ],
+)
+def test_a_tpu_takes_its_kernel_or_says_why_not(generation, key_dim, value_dim, dtype, name, why, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(tpu, "generation", lambda: generation)
+    choice = choose_implementation(key_dim, value_dim, dtype)
+    assert choice.name == name
+    assert why in choice.why
+    assert "\n" not in choice.why
+
+
+def test_the_tpu_kernel_refuses_what_it_cannot_hold():
+    wide = jnp.ones((1, 4, 1, 320))
+    with pytest.raises(ValueError, match="heads of up to 256 dims, not 320 and 320; use xla"):
+        lightning_attention(wide, wide, wide, -np.ones(1), implementation="pallas_tpu")
+    with jax.enable_x64(True), pytest.raises(ValueError, match="bfloat16 or float32, not float64; use xla"):
+        lightning_attention(
+            **{name: np.asarray(x, np.float64) for name, x in arguments().items()}, implementation="pallas_tpu"
+        )

@@ -1,0 +1,1 @@
+"""Lightning attention for TPUs: Pallas kernels in Mosaic, forward and backward."""

@@ -1,0 +1,105 @@
+"""The forward as one Pallas TPU kernel: one sweep over the chunks, the state in VMEM.
+
+Source: Lightning Attention-2 (arXiv 2401.04658) algorithm 1.
+Shapes: B batch, T sequence, H heads, K key dim, V value dim, N chunks, C chunk length (i, j its queries and keys),
+h heads of one block, A = H * K, U = H * V.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.chunk import (
+    Borders,
+    Chunk,
+    Grid,
+    border_specs,
+    compiler_params,
+    decays_within,
+    matmul,
+)
+from pallas_kernels.varying import shape_like
+
+
+def forward(
+    q_BTA: jax.Array,
+    k_BTA: jax.Array,
+    v_BTU: jax.Array,
+    log_decay_H: jax.Array,
+    borders: Borders | None,
+    initial_state_BHKV: jax.Array,
+    *,
+    chunk: int,
+    heads: int,
+    save_states: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns o [B, T, H*V], the final state, and the state before every chunk [B, N, H, K, V] in q's dtype or None.
+
+    A head is a slice of lanes, so the projections' outputs are read as they are, without a transpose.
+    """
+    batch, length, _ = q_BTA.shape
+    _, num_heads, key_dim, value_dim = initial_state_BHKV.shape
+    grid = Grid(batch, length, num_heads, heads, chunk)
+    keys = pl.BlockSpec((1, chunk, heads * key_dim), lambda b, h, n: (b, n, h))
+    values = pl.BlockSpec((1, chunk, heads * value_dim), lambda b, h, n: (b, n, h))
+    state = pl.BlockSpec((1, heads, key_dim, value_dim), lambda b, h, n: (b, h, 0, 0))
+    states = pl.BlockSpec((1, 1, heads, key_dim, value_dim), lambda b, h, n: (b, n, h, 0, 0))
+    states_shape = (batch, grid.chunks, num_heads, key_dim, value_dim)
+    operands = (grid.per_head(log_decay_H), borders, q_BTA, k_BTA, v_BTU, initial_state_BHKV)
+    return pl.pallas_call(
+        partial(_kernel, grid=grid),
+        name="lightning_attention_forward",
+        grid=grid.steps,
+        in_specs=(
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            border_specs(borders, grid, lambda n: n),
+            keys,
+            keys,
+            values,
+            state,
+        ),
+        out_specs=(values, state, states if save_states else None),
+        out_shape=(
+            shape_like(v_BTU.shape, v_BTU.dtype, q_BTA),
+            shape_like(initial_state_BHKV.shape, jnp.float32, q_BTA),
+            shape_like(states_shape, q_BTA.dtype, q_BTA) if save_states else None,
+        ),
+        scratch_shapes=(
+            pltpu.VMEM((heads, key_dim, value_dim), jnp.float32),
+            pltpu.VMEM((heads, chunk, chunk), jnp.float32),
+        ),
+        compiler_params=compiler_params(),
+    )(*operands)
+
+
+def _kernel(log_decay, borders, q, k, v, initial_state, o, final_state, states, state, within, *, grid):
+    n = pl.program_id(2)
+    first_head = pl.program_id(1) * grid.heads
+    key_dim, value_dim = state.shape[1:]
+
+    @pl.when(n == 0)
+    def _():
+        state[...] = initial_state[0]
+        for h in range(grid.heads):
+            within[h] = decays_within(log_decay[0, first_head + h], grid.chunk)
+
+    chunk = Chunk(grid, n, borders)
+    for h in range(grid.heads):
+        a = log_decay[0, first_head + h]
+        key_lanes, value_lanes = pl.ds(h * key_dim, key_dim), pl.ds(h * value_dim, value_dim)
+        q_CK, k_CK, v_CV = q[0, :, key_lanes], chunk.rows(k[0, :, key_lanes]), chunk.rows(v[0, :, value_lanes])
+        dtype, state_KV = q_CK.dtype, state[h]
+        if states is not None:
+            states[0, 0, h] = state_KV.astype(dtype)
+        scores_CC = chunk.within(matmul(q_CK, k_CK, 1, 1), within[h]).astype(dtype)
+        o_CV = matmul(scores_CC, v_CV, 1, 0) + chunk.from_start(a) * matmul(q_CK, state_KV.astype(dtype), 1, 0)
+        o[0, :, value_lanes] = o_CV.astype(o.dtype)
+        decayed_k_CK = (chunk.to_end(a) * k_CK).astype(dtype)
+        state[h] = chunk.across(a) * state_KV + matmul(decayed_k_CK, v_CV, 0, 0)
+
+    @pl.when(n == grid.chunks - 1)
+    def _():
+        final_state[0] = state[...]
