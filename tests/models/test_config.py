@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from tiny_model import tiny_model
 
-from lightning_jax.models import HybridLM, ModelConfig, RopeScaling
+from lightning_jax.models import HybridLM, RopeScaling
 
-LLAMA = ModelConfig(
+LLAMA = tiny_model(
     vocab_size=32000,
     hidden_size=2048,
     num_layers=22,
@@ -18,30 +19,13 @@ LLAMA = ModelConfig(
     num_kv_heads=4,
     head_dim=64,
     rotary_dim=64,
-    rope_theta=1e4,
-    rope_scaling=None,
-    lightning_norm_eps=1e-6,
-    attention_implementation="auto",
-    lightning_implementation="auto",
     intermediate_size=5632,
     num_experts=0,
     experts_per_token=0,
-    expert_dispatch="auto",
     capacity_factor=1.25,
-    router_aux_loss="paper",
-    router_aux_coefficient=0.01,
     norm_placement="pre",
     residual_alpha=1.0,
-    residual_beta=1.0,
-    rms_norm_eps=1e-5,
-    tie_embeddings=False,
-    initializer="normal",
-    initializer_range=0.02,
-    param_dtype="float32",
-    compute_dtype="float32",
-    logits_dtype="float32",
     loss_chunk=512,
-    remat="none",
 )
 MINIMAX = dataclasses.replace(
     LLAMA,

@@ -7,46 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_model import tiny_model
 
-from lightning_jax.models.config import ModelConfig
 from lightning_jax.models.moe import MoE, RouterSums, router_auxiliary_loss
 from lightning_jax.models.operators import Operators, complete
 
 B, T = 2, 13
 
-CONFIG = ModelConfig(
+CONFIG = tiny_model(
     vocab_size=16,
     hidden_size=6,
     num_layers=3,
     layer_pattern=("lightning",),
     num_heads=2,
     num_kv_heads=1,
-    head_dim=4,
     rotary_dim=4,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    lightning_norm_eps=1e-6,
-    attention_implementation="auto",
-    lightning_implementation="auto",
     intermediate_size=8,
     num_experts=5,
-    experts_per_token=2,
-    expert_dispatch="auto",
-    capacity_factor=1.0,
-    router_aux_loss="paper",
-    router_aux_coefficient=0.01,
-    norm_placement="post",
     residual_alpha=1.0,
-    residual_beta=1.0,
-    rms_norm_eps=1e-5,
-    tie_embeddings=False,
-    initializer="normal",
     initializer_range=0.5,
-    param_dtype="float32",
-    compute_dtype="float32",
-    logits_dtype="float32",
     loss_chunk=8,
-    remat="none",
 )
 
 

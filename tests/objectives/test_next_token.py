@@ -10,45 +10,25 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import tiny_model
 
-from lightning_jax.models import HybridLM, ModelConfig
+from lightning_jax.models import HybridLM
 from lightning_jax.objectives import NextToken
 
 T, ROWS, DOCUMENTS = 150, 2, 8  # longer than two chunks of lightning attention and a block of softmax attention
 
-MODEL = ModelConfig(
+MODEL = tiny_model(
     vocab_size=24,
-    hidden_size=16,
-    num_layers=2,
-    layer_pattern=("lightning", "softmax"),
     num_heads=2,
     num_kv_heads=1,
     head_dim=8,
     rotary_dim=4,
-    rope_theta=1e4,
-    rope_scaling=None,
-    lightning_norm_eps=1e-6,
-    attention_implementation="auto",
-    lightning_implementation="auto",
-    intermediate_size=16,
     num_experts=0,
     experts_per_token=0,
-    expert_dispatch="auto",
     capacity_factor=2.0,
-    router_aux_loss="paper",
-    router_aux_coefficient=0.01,
-    norm_placement="post",
     residual_alpha=6**0.25,
-    residual_beta=1.0,
-    rms_norm_eps=1e-5,
-    tie_embeddings=False,
     initializer="deepnorm",
-    initializer_range=0.02,
-    param_dtype="float32",
-    compute_dtype="float32",
-    logits_dtype="float32",
     loss_chunk=64,
-    remat="none",
 )
 MODELS = {
     "lightning": dataclasses.replace(MODEL, layer_pattern=("lightning",), num_layers=1),

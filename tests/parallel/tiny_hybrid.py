@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from tiny_model import tiny_model
 
 from lightning_jax import parallel
 from lightning_jax.models import HybridLM, ModelConfig
@@ -19,39 +20,20 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def config(dispatch: str, dtype: str) -> ModelConfig:
-    return ModelConfig(
+    return tiny_model(
         vocab_size=VOCABULARY,
-        hidden_size=16,
         num_layers=4,
-        layer_pattern=("lightning", "softmax"),
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        rotary_dim=2,
-        rope_theta=10_000.0,
-        rope_scaling=None,
-        lightning_norm_eps=1e-6,
-        attention_implementation="auto",
-        lightning_implementation="auto",
         intermediate_size=24,
         num_experts=8,
-        experts_per_token=2,
         expert_dispatch=dispatch,
-        capacity_factor=1.0,
         router_aux_loss="huggingface",
         router_aux_coefficient=0.1,
-        norm_placement="post",
         residual_alpha=8**0.25,
-        residual_beta=1.0,
-        rms_norm_eps=1e-5,
-        tie_embeddings=False,
         initializer="deepnorm",
-        initializer_range=0.02,
         param_dtype=dtype,
         compute_dtype=dtype,
         logits_dtype=dtype,
         loss_chunk=5,
-        remat="none",
     )
 
 
