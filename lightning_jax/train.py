@@ -70,6 +70,7 @@ class Trainer:
             raise ConfigError(problems)
         self.config, self.folder = config, folder
         self.init_from, self.change_config = init_from, change_config
+        self.writer: MetricsWriter | None = None
         self.stages = plan_stages(config)
         self.mesh = parallel.make_mesh(config.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
@@ -130,10 +131,10 @@ class Trainer:
         early: list[str] = []
         self._say = early.append  # until there is a console, which needs the history that a restore leaves
         checkpoints = stack.enter_context(
-            Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=lambda line: self._say(line))
+            Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=self._say_of_checkpoints)
         )
         state, saved = self._restore_or_create(checkpoints)
-        step = int(state.step)
+        step = self._step = int(state.step)
         (self.folder / "config.json").write_text(self.config.to_json() + "\n")
         self.writer = stack.enter_context(
             MetricsWriter(self.folder, resume_step=step if saved else None, tensorboard=self.config.metrics.tensorboard)
@@ -164,6 +165,11 @@ class Trainer:
         self.writer.event("resume" if saved else "start", f"at step {step}", step=step)
         self.timer = StepTimer()
         return checkpoints, state
+
+    def _say_of_checkpoints(self, line: str) -> None:
+        self._say(line)
+        if self.writer:
+            self.writer.event("checkpoint", line, step=self._step)
 
     def _write_report(self) -> None:
         if jax.process_index() == 0:
@@ -212,6 +218,7 @@ class Trainer:
         with contextlib.closing(batches.iterator(first_step - stage.first_step)) as iterator:
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
+                self._step = step + 1
                 batch = self._on_devices(next(iterator))
                 compiling = rows not in train_steps
                 if compiling:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -44,6 +45,18 @@ def test_a_complete_run_started_again_says_so_and_changes_nothing(folder, capsys
     assert train.main(tiny_run.arguments(folder, "done", **ONE_STAGE)) == 0
     assert "complete after 15 steps; for another run give another --workdir" in capsys.readouterr().out
     assert (folder / "done" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_save_that_failed_is_said_and_on_record(folder, capsys, monkeypatch):
+    full = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr("lightning_jax.checkpoints.checkpoints.shutil.disk_usage", lambda path: full)
+    assert train.main(tiny_run.arguments(folder, "full", **ONE_STAGE)) == 2
+    events = [json.loads(line) for line in (folder / "full" / "events.jsonl").read_text().splitlines()]
+    failed = [event for event in events if event["kind"] == "checkpoint"]
+    assert [event["step"] for event in failed] == [3, 6]
+    output = capsys.readouterr()
+    assert all("could not be saved" in event["message"] and event["message"] in output.out for event in failed)
+    assert "that is 3 in a row, so the run stops" in output.err
 
 
 def test_the_second_run_on_a_folder_is_refused(folder, capsys):

@@ -94,8 +94,10 @@ class ModelConfig:
             found.append(
                 f"layer_pattern: {len(self.layer_pattern)} layers exceed num_layers={self.num_layers}; shorten it"
             )
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads={self.num_heads}")
+        if min(self.num_kv_heads, self.num_heads) > 0 and self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.num_kv_heads))
+            found.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads={self.num_heads}; use {nearest}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             found.append(f"rotary_dim: {self.rotary_dim} must be even and between 0 and head_dim={self.head_dim}")
         if self.num_experts < 0:

@@ -135,7 +135,7 @@ def test_model_flops_of_minimax_equal_the_closed_form():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads=64"),
+        ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads=64; use 2"),
         ({"rotary_dim": 63}, "rotary_dim: 63 must be even and between 0 and head_dim=128"),
         ({"rotary_dim": 130}, "rotary_dim: 130 must be even and between 0 and head_dim=128"),
         ({"experts_per_token": 33}, "experts_per_token: 33 must be between 1 and num_experts=32"),
