@@ -8,6 +8,7 @@ killed and started again ends with the same bits as one that never was.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -26,7 +27,7 @@ from lightning_jax import parallel
 from lightning_jax.checkpoints import Checkpoints, restore_newest, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
-from lightning_jax.generation import sample
+from lightning_jax.generation import sample_prompts
 from lightning_jax.input_pipeline import GlobalBatches, cache_folder, validation_batches
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.models import HybridLM
@@ -351,15 +352,14 @@ class Trainer:
         settings, tokenizer = self.config.metrics, self.data.tokenizer
         if not settings.sample_prompts or not settings.sample_tokens:
             return
-        continuations = sample(
-            self.graphdef,
+        continuations = sample_prompts(
+            dataclasses.replace(self.config.model, rope_theta=stage.config.rope_theta),
             state.params,
             [self.data.prompt(prompt) for prompt in settings.sample_prompts],
             num_tokens=settings.sample_tokens,
             temperature=settings.sample_temperature,
             seed=self.config.seed,
-            rope_theta=stage.config.rope_theta,
-            shards=self._shards,
+            mesh=self.mesh,
         )
         for prompt, ids in zip(settings.sample_prompts, continuations, strict=True):
             text = tokenizer.decode(ids)

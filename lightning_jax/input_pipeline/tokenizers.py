@@ -6,6 +6,7 @@ like a special token inside a document ("</s>") is text like any other.
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
@@ -25,9 +26,11 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: every id is below.
       bos_id, eos_id: put before and after each document; None for not at all.
+      special_tokens: the ids of tokens that are no text of a document, by how a chat template writes them.
       fingerprint: equal for tokenizers that give equal ids.
     """
 
+    special_tokens: dict[str, int]
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
@@ -35,6 +38,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """The ids of each UTF-8 text, without bos and eos."""
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """The ids of a text in which special tokens that are written out are those tokens."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens give none, bytes that are not UTF-8 give U+FFFD."""
@@ -62,12 +68,18 @@ class ByteTokenizer:
     def __init__(self, config: TokenizerConfig):
         names = [name for name in (config.bos, config.eos) if name]
         ids = {name: 256 + index for index, name in enumerate(dict.fromkeys(names))}
-        self.vocab_size = 256 + len(ids)
+        self.vocab_size, self.special_tokens = 256 + len(ids), ids
         self.bos_id, self.eos_id = ids.get(config.bos), ids.get(config.eos)
         self.fingerprint = _hash("bytes", str(self.bos_id), str(self.eos_id))
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or "(?!)"
+        pieces = re.split(f"({names})", text)
+        ids = [[self.special_tokens[piece]] if piece in self.special_tokens else piece.encode() for piece in pieces]
+        return np.concatenate([np.array(list(piece), np.uint32) for piece in ids])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
@@ -99,6 +111,9 @@ class FileTokenizer:
                 special = [entry.content for entry in backend.get_added_tokens_decoder().values()]
                 raise TokenizerError(f"data.tokenizer.{field}: {name} has no token {token!r}{nearest(token, special)}")
         self.bos_id, self.eos_id = vocabulary.get(bos), vocabulary.get(eos)
+        self.special_tokens = {
+            entry.content: token for token, entry in backend.get_added_tokens_decoder().items() if entry.special
+        }
         self.fingerprint = _hash(self._definition, str(self.bos_id), str(self.eos_id))
         backend.no_padding()
         backend.no_truncation()
@@ -129,6 +144,17 @@ class FileTokenizer:
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        return np.array(self._special_backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    @functools.cached_property
+    def _special_backend(self) -> Backend:
+        # A second one, because the setting is not of a call: another thread may be encoding documents.
+        backend = Backend.from_str(self._definition)
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)

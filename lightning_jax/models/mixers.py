@@ -1,8 +1,16 @@
 """The layers that mix tokens, one class per kind in a model's layer pattern.
 
-A mixer is a class with `Mixer(config, *, rngs, operators)`, `Mixer.constants(config, layer)` -> a pytree of arrays
-that differ from layer to layer but are not learned, and `mixer(x_BTD, constants, tokens) -> y_BTD`. Another linear
-layer joins by its entry in `MIXERS` and its name in `LayerKind`.
+A mixer is a class with
+
+- `Mixer(config, *, rngs, operators)`;
+- `Mixer.constants(config, layer)`: a pytree of arrays that differ from layer to layer but are not learned;
+- `Mixer.state(config, batch, capacity)`: a pytree of `StateArray`, what one layer remembers of the tokens so far, as
+  zeros before the first;
+- `mixer(x_BTD, constants, tokens, state) -> (y_BTD, state)`: without a state (None) every row is whole and nothing is
+  remembered, as in training; with a `LayerState` the tokens go on from it, and padding (position -1, left of a row's
+  tokens) must leave it as it is where it is still zero.
+
+Another linear layer joins by its entry in `MIXERS` and its name in `LayerKind`.
 
 Sources: lightning attention: MiniMax-01 (arXiv 2501.08313) section 2.2 and the released modelling code of MiniMax-M1;
 softmax attention with grouped queries: arXiv 2305.13245.
@@ -11,7 +19,7 @@ Shapes: B batch, T sequence, D model dim, H query heads, G key/value heads, K he
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +29,9 @@ from flax import nnx
 from lightning_jax.models import initializers
 from lightning_jax.models.config import LayerKind, ModelConfig
 from lightning_jax.models.layers import RMSNorm, project, recomputed, weight_matrix
-from lightning_jax.models.operators import Operators
+from lightning_jax.models.operators import LogicalAxes, Operators
 from lightning_jax.models.rope import Rotation, rotate
+from lightning_jax.models.stateful_attention import KeyValues, places
 
 
 class Tokens(NamedTuple):
@@ -30,6 +39,34 @@ class Tokens(NamedTuple):
 
     segment_ids_BT: jax.Array | None  # None: each row is one document
     rotation: Rotation
+    positions_BT: jax.Array | None = None  # with a state: -1 is padding
+
+
+class StateArray(NamedTuple):
+    """One array of a layer's state: zeros of this shape and dtype, split over devices by its logical axes."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    logical_axes: LogicalAxes
+
+
+class LayerState(NamedTuple):
+    """The state of a run of equal layers, [layers, ...] each array, and which of the layers is meant.
+
+    A mixer that writes only a part of its layer's arrays does so in the arrays of the whole run: what is read out whole
+    is copied.
+    """
+
+    arrays: Any
+    layer: jax.Array
+
+    def read(self) -> Any:
+        """The layer's own arrays."""
+        return jax.tree.map(lambda array: array[self.layer], self.arrays)
+
+    def write(self, own: Any) -> Self:
+        """With other arrays for the layer."""
+        return self._replace(arrays=jax.tree.map(lambda array, own: array.at[self.layer].set(own), self.arrays, own))
 
 
 class LightningAttention(nnx.Module):
@@ -60,14 +97,29 @@ class LightningAttention(nnx.Module):
         """The logarithm of each head's decay per token, fp32 [H]."""
         return log_decays(config.num_heads, config.num_layers, layer)
 
-    def __call__(self, x_BTD: jax.Array, log_decay_H: jax.Array, tokens: Tokens) -> jax.Array:
+    @staticmethod
+    def state(config: ModelConfig, batch: int, capacity: int) -> StateArray:
+        """The sum of decayed key-value products [B, H, K, K]; `capacity` does not matter."""
+        shape = (batch, config.num_heads, config.head_dim, config.head_dim)
+        return StateArray(shape, jnp.promote_types(config.compute_dtype, jnp.float32), ("batch", "heads", None, None))
+
+    def __call__(
+        self, x_BTD: jax.Array, log_decay_H: jax.Array, tokens: Tokens, state: LayerState | None = None
+    ) -> tuple[jax.Array, LayerState | None]:
         fused_BTA3 = recomputed(jax.nn.silu)(project(x_BTD, self.query_key_value))
         q_BTHK, k_BTHK, v_BTHK = jnp.split(fused_BTA3.reshape(*x_BTD.shape[:2], self.num_heads, -1), 3, axis=-1)
-        o_BTHK = self.operators.lightning_attention(
-            q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=tokens.segment_ids_BT
-        )
+        if state is None:
+            o_BTHK = self.operators.lightning_attention(
+                q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=tokens.segment_ids_BT
+            )
+        else:
+            k_BTHK = jnp.where(tokens.positions_BT[..., None, None] < 0, 0, k_BTHK)
+            o_BTHK, state_BHKK = self.operators.lightning_attention_from(
+                q_BTHK, k_BTHK, v_BTHK, log_decay_H, state.read()
+            )
+            state = state.write(state_BHKK)
         o_BTA = self.norm(o_BTHK.reshape(*x_BTD.shape[:2], -1))
-        return project(sigmoid_gated(project(x_BTD, self.gate), o_BTA), self.output)
+        return project(sigmoid_gated(project(x_BTD, self.gate), o_BTA), self.output), state
 
 
 @recomputed
@@ -112,16 +164,29 @@ class SoftmaxAttention(nnx.Module):
         """Softmax layers do not differ by depth."""
         return ()
 
-    def __call__(self, x_BTD: jax.Array, constants: tuple[()], tokens: Tokens) -> jax.Array:
+    @staticmethod
+    def state(config: ModelConfig, batch: int, capacity: int) -> KeyValues:
+        """The keys, rotated, and values of up to `capacity` tokens [B, G, S, K], in the compute dtype."""
+        shape = (batch, config.num_kv_heads, places(capacity), config.head_dim)
+        array = StateArray(shape, jnp.dtype(config.compute_dtype), ("batch", "kv_heads", None, None))
+        return KeyValues(array, array)
+
+    def __call__(
+        self, x_BTD: jax.Array, constants: tuple[()], tokens: Tokens, state: LayerState | None = None
+    ) -> tuple[jax.Array, LayerState | None]:
         def heads(weight: nnx.Param) -> jax.Array:
             return project(x_BTD, weight).reshape(*x_BTD.shape[:2], -1, self.head_dim)
 
         q_BTHK = rotate(heads(self.query), tokens.rotation)
-        k_BTGK = rotate(heads(self.key), tokens.rotation)
-        o_BTHK = self.operators.softmax_attention(
-            q_BTHK, k_BTGK, heads(self.value), segment_ids_BT=tokens.segment_ids_BT
-        )
-        return project(o_BTHK.reshape(*x_BTD.shape[:2], -1), self.output)
+        k_BTGK, v_BTGK = rotate(heads(self.key), tokens.rotation), heads(self.value)
+        if state is None:
+            o_BTHK = self.operators.softmax_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=tokens.segment_ids_BT)
+        else:
+            o_BTHK, cache = self.operators.cached_softmax_attention(
+                q_BTHK, k_BTGK, v_BTGK, state.arrays, state.layer, tokens.positions_BT
+            )
+            state = state._replace(arrays=cache)
+        return project(o_BTHK.reshape(*x_BTD.shape[:2], -1), self.output), state
 
 
 MIXERS: dict[LayerKind, type[nnx.Module]] = {"lightning": LightningAttention, "softmax": SoftmaxAttention}

@@ -12,6 +12,7 @@ import jax
 from lightning_jax.models.config import ModelConfig
 from lightning_jax.models.experts import experts
 from lightning_jax.models.softmax_attention import softmax_attention
+from lightning_jax.models.stateful_attention import KeyValues, cached_softmax_attention, lightning_attention_from
 from pallas_kernels import lightning_attention
 
 LogicalAxes = tuple[str | None, ...]
@@ -34,6 +35,8 @@ class Operators:
     Attributes:
         lightning_attention: (q_BTHK, k_BTHK, v_BTHK, log_decay_H, *, segment_ids) -> o_BTHK.
         softmax_attention: (q_BTHK, k_BTGK, v_BTGK, *, segment_ids_BT) -> o_BTHK, causal, scaled by 1/sqrt(K).
+        lightning_attention_from: (q_BTHK, k_BTHK, v_BTHK, log_decay_H, state_BHKK) -> (o_BTHK, state_BHKK).
+        cached_softmax_attention: (q_BTHK, k_BTGK, v_BTGK, KeyValues, layer, positions_BT) -> (o_BTHK, KeyValues).
         experts: (x_BTD, expert_BTk, weight_BTk, ExpertWeights, *, mask_BT) -> (y_BTD, assignments dropped).
         sum_over_rows: (function, weights_DV, *rows) -> function(weights_DV, *rows), where function is a sum over rows:
             each device may sum its own.
@@ -42,6 +45,8 @@ class Operators:
 
     lightning_attention: Callable[..., jax.Array] | None = None
     softmax_attention: Callable[..., jax.Array] | None = None
+    lightning_attention_from: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    cached_softmax_attention: Callable[..., tuple[jax.Array, KeyValues]] | None = None
     experts: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     sum_over_rows: Callable[..., jax.Array] = sum_over_rows
     constrain: Callable[[jax.Array, LogicalAxes], jax.Array] = unconstrained
@@ -54,8 +59,11 @@ ONE_DEVICE = Operators()
 @functools.cache
 def complete(operators: Operators, config: ModelConfig) -> Operators:
     """The operators with every one left open filled in as the config chooses."""
+    lightning = functools.partial(lightning_attention, implementation=config.lightning_implementation)
     local = {
-        "lightning_attention": functools.partial(lightning_attention, implementation=config.lightning_implementation),
+        "lightning_attention": lightning,
+        "lightning_attention_from": functools.partial(lightning_attention_from, lightning_attention=lightning),
+        "cached_softmax_attention": cached_softmax_attention,
         "softmax_attention": functools.partial(softmax_attention, implementation=config.attention_implementation),
         "experts": functools.partial(experts, dispatch=config.expert_dispatch, capacity_factor=config.capacity_factor),
     }

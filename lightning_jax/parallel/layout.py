@@ -20,6 +20,8 @@ BATCH = RULES.mesh_axes("batch")
 HEADS = RULES.mesh_axes("heads")
 ROWS = PartitionSpec(BATCH)
 ROWS_AND_HEADS = PartitionSpec(BATCH, None, HEADS)
+STATE = PartitionSpec(BATCH, HEADS)
+CACHE = PartitionSpec(None, BATCH, HEADS)
 
 
 # Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
@@ -67,6 +69,24 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
             check_vma=False,
         )(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
 
+    def lightning_attention_from(q_BTHK, k_BTHK, v_BTHK, log_decay_H, state_BHKK):
+        return jax.shard_map(
+            local.lightning_attention_from,
+            mesh=mesh,
+            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, PartitionSpec(HEADS), STATE),
+            out_specs=(ROWS_AND_HEADS, STATE),
+            check_vma=False,
+        )(q_BTHK, k_BTHK, v_BTHK, log_decay_H, state_BHKK)
+
+    def cached_softmax_attention(q_BTHK, k_BTGK, v_BTGK, cache, layer, positions_BT):
+        return jax.shard_map(
+            local.cached_softmax_attention,
+            mesh=mesh,
+            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, CACHE, PartitionSpec(), ROWS),
+            out_specs=(ROWS_AND_HEADS, CACHE),
+            check_vma=False,
+        )(q_BTHK, k_BTGK, v_BTGK, cache, layer, positions_BT)
+
     # Left to the compiler, a loop over chunks of the sequence gathers the weights and adds up their gradient over all
     # devices in every turn.
     def sum_over_rows(function, weights_DV, *rows):
@@ -82,6 +102,8 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
     return Operators(
         lightning_attention=lightning_attention,
         softmax_attention=softmax_attention,
+        lightning_attention_from=lightning_attention_from,
+        cached_softmax_attention=cached_softmax_attention,
         experts=ParallelExperts(mesh, config),
         sum_over_rows=sum_over_rows,
         constrain=functools.partial(constrain, mesh=mesh),

@@ -1,69 +1,118 @@
-"""Samples are what the model's own forward pass says, one token after the other."""
+"""Choosing a token: transformers' scores, the model's distribution, and one line per mistake."""
+
+import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
-from flax import nnx
 
-from lightning_jax.config import load_config
-from lightning_jax.generation import sample
-from lightning_jax.models import HybridLM
+from lightning_jax.generation.sampling import (
+    Needs,
+    RowSettings,
+    Sampling,
+    SamplingError,
+    check,
+    choose,
+    likeliest,
+    lowest_kept,
+    penalised,
+)
 
-THETA = 1e4
-
-
-@pytest.fixture(scope="module")
-def model():
-    flags = tiny_run.arguments(tiny_run.REPOSITORY, "unused")
-    overrides = [flag.removeprefix("--config.") for flag in flags if flag.startswith("--config.")]
-    return HybridLM(load_config(tiny_run.CONFIG, overrides).model, rngs=nnx.Rngs(0))
-
-
-def _sample(model, prompts, temperature, seed=0, **more):
-    graphdef, params = nnx.split(model, nnx.Param)
-    options = {"num_tokens": 6, "temperature": temperature, "seed": seed, "rope_theta": THETA}
-    return sample(graphdef, params, prompts, **options, **more)
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "sampling.npz")
+LOGITS = jnp.asarray(GOLDEN["logits"])
+SETTINGS = json.loads(str(GOLDEN["settings"]))
+SEEN = jnp.zeros(LOGITS.shape, bool).at[np.arange(4)[:, None], GOLDEN["seen"]].set(True)
+EVERYTHING = Needs(noise=True, truncation=True, penalty=True)
 
 
-def test_greedy_samples_of_prompts_of_different_lengths_are_those_of_each_prompt_alone(model):
-    prompts = [[5, 17, 3, 250, 9], [7]]
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def likeliest(tokens_BT):
-        model = nnx.merge(graphdef, params)
-        return jnp.argmax(model(tokens_BT, rope_theta=THETA)[0] @ model.output_weights(), axis=-1)
-
-    expected = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(6):
-            padded = jnp.array([tokens + [0] * (11 - len(tokens))])
-            tokens.append(int(likeliest(padded)[0, len(tokens) - 1]))
-        expected.append(tokens[len(prompt) :])
-    assert _sample(model, prompts, temperature=0) == expected
-    assert _sample(model, prompts, temperature=0, shards=8) == expected
+def rows(*samplings):
+    return RowSettings.of(samplings, 8)
 
 
-def test_samples_follow_the_models_distribution(model):
-    hidden_BTD, _ = model(jnp.array([[4, 8]]), rope_theta=THETA)
-    probabilities = np.asarray(jax.nn.softmax(hidden_BTD[0, -1] @ model.output_weights() / 0.5))
-    graphdef, params = nnx.split(model, nnx.Param)
-    drawn = sample(graphdef, params, [[4, 8]] * 4000, num_tokens=1, temperature=0.5, seed=1, rope_theta=THETA)
-    counts = np.bincount(np.array(drawn)[:, 0], minlength=len(probabilities))
-    likely = probabilities > 0.004
-    errors = np.abs(counts / 4000 - probabilities) / np.sqrt(probabilities * (1 - probabilities) / 4000)
-    assert likely.any()
-    assert errors[likely].max() < 5
+@pytest.mark.parametrize("name", SETTINGS)
+def test_scores_equal_transformers(name):
+    settings = rows(*[Sampling(max_new_tokens=1, **SETTINGS[name])] * 4)
+    scores = penalised(LOGITS, SEEN, settings.repetition_penalty_B[:, None]) / settings.temperature_B[:, None]
+    scores = jnp.where(scores >= lowest_kept(scores, settings), scores, -jnp.inf)
+    np.testing.assert_allclose(scores, GOLDEN[f"scores/{name}"], rtol=1e-6)
 
 
-def test_seed_decides_the_sample(model):
-    first, again, other = (_sample(model, [[1, 2, 3]], temperature=1.0, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other
+def test_draws_follow_the_scores():
+    """By transformers' scores for all settings together, 20,000 draws within five standard deviations."""
+    settings = rows(*[Sampling(max_new_tokens=1, **SETTINGS["all"])] * 4)
+    expected = np.asarray(jax.nn.softmax(GOLDEN["scores/all"], axis=-1))
+    draw = jax.vmap(lambda keys: choose(LOGITS, keys, settings, SEEN, EVERYTHING)[0])
+    tokens = np.asarray(draw(jax.random.split(jax.random.key(1), (20_000, 4))))
+    for row in range(4):
+        share = np.bincount(tokens[:, row], minlength=48) / 20_000
+        error = np.abs(share - expected[row]) / np.sqrt(np.maximum(expected[row] * (1 - expected[row]), 1e-9) / 20_000)
+        assert error.max() < 5
 
 
-def test_a_prompt_without_tokens_is_refused(model):
-    with pytest.raises(ValueError, match="begin it with the tokenizer's bos or eos"):
-        _sample(model, [[1], []], temperature=0)
+def test_log_probs_are_the_models_at_the_temperature_whatever_is_cut_off():
+    settings = rows(
+        Sampling(max_new_tokens=1, temperature=0.7, top_k=3, repetition_penalty=2.0),
+        Sampling(max_new_tokens=1, temperature=0.0, repetition_penalty=2.0),
+        Sampling(max_new_tokens=1),
+        Sampling(max_new_tokens=1, top_p=0.1),
+    )
+    tokens, log_probs = choose(LOGITS, jax.random.split(jax.random.key(0), 4), settings, SEEN, EVERYTHING)
+    for row, temperature in enumerate((0.7, 1.0, 1.0, 1.0)):
+        expected = jax.nn.log_softmax(LOGITS[row] / temperature)[tokens[row]]
+        np.testing.assert_allclose(log_probs[row], expected, rtol=1e-5)
+
+
+def test_rows_keep_their_own_settings():
+    alone = [Sampling(max_new_tokens=1, **setting) for setting in SETTINGS.values()][:4]
+    keys = jax.random.split(jax.random.key(3), 4)
+    together, _ = choose(LOGITS, keys, rows(*alone), SEEN, EVERYTHING)
+    for row, sampling in enumerate(alone):
+        one, _ = choose(LOGITS, keys, rows(*[sampling] * 4), SEEN, Needs.of([sampling]))
+        assert together[row] == one[row]
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    assert likeliest(jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -jnp.inf, 0.0]])).tolist() == [1, 2]
+
+
+def test_greedy_takes_the_likeliest_after_the_penalty():
+    sampling = Sampling(max_new_tokens=1, temperature=0.0, repetition_penalty=100.0)
+    tokens, _ = choose(
+        LOGITS, jax.random.split(jax.random.key(0), 4), rows(*[sampling] * 4), SEEN, Needs.of([sampling])
+    )
+    np.testing.assert_array_equal(tokens, np.argmax(np.where(SEEN & (LOGITS > 0), LOGITS / 100, LOGITS), axis=1))
+
+
+def test_extreme_settings_keep_the_likeliest_token():
+    for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        settings = rows(*[Sampling(max_new_tokens=1, **setting)] * 4)
+        kept = lowest_kept(LOGITS, settings) <= LOGITS
+        np.testing.assert_array_equal(kept.sum(axis=1), 1)
+    settings = rows(*[Sampling(max_new_tokens=1, top_k=0, top_p=1.0, min_p=0.0)] * 4)
+    assert (lowest_kept(LOGITS, settings) <= LOGITS).all()
+
+
+def test_every_mistake_has_its_line():
+    wrong = Sampling(
+        max_new_tokens=0,
+        temperature=-1.0,
+        top_k=-1,
+        top_p=1.5,
+        min_p=-0.1,
+        repetition_penalty=0.0,
+        repetition_tokens=-1,
+        repetition_probability=1.0,
+        stop=("",),
+        stop_ids=(99,),
+        samples=0,
+    )
+    with pytest.raises(SamplingError) as raised:
+        check([wrong, wrong], 48)
+    fields = [line.partition(":")[0] for line in str(raised.value).splitlines()]
+    wanted = {field.name for field in dataclasses.fields(Sampling)} - {"seed"}
+    assert len(fields) == len(set(fields))
+    assert set(fields) == wanted
+    assert Sampling(max_new_tokens=1).problems() == []

@@ -74,5 +74,5 @@ def test_lightning_layer_equals_the_written_out_recurrence():
         expected.append((o * sigmoid(x[0, t] @ gate)) @ output)
 
     tokens = Tokens(None, rotation(config, jnp.arange(length)[None]))
-    ours = layer(jnp.asarray(x), LightningAttention.constants(config, 2), tokens)
+    ours, _ = layer(jnp.asarray(x), LightningAttention.constants(config, 2), tokens)
     np.testing.assert_allclose(ours[0], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -1,0 +1,78 @@
+"""A model, prompts and a generator small enough for every test of generation."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lightning_jax import parallel
+from lightning_jax.generation import GenerationSettings, Generator
+from lightning_jax.input_pipeline import TokenizerConfig
+from lightning_jax.input_pipeline.tokenizers import ByteTokenizer
+from lightning_jax.models import HybridLM, ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=258,
+    hidden_size=16,
+    num_layers=3,
+    layer_pattern=("lightning", "softmax"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rotary_dim=2,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    lightning_norm_eps=1e-6,
+    attention_implementation="auto",
+    lightning_implementation="auto",
+    intermediate_size=16,
+    num_experts=4,
+    experts_per_token=2,
+    expert_dispatch="auto",
+    capacity_factor=1.0,
+    router_aux_loss="paper",
+    router_aux_coefficient=0.01,
+    norm_placement="post",
+    residual_alpha=1.5,
+    residual_beta=1.0,
+    rms_norm_eps=1e-5,
+    tie_embeddings=False,
+    initializer="normal",
+    initializer_range=0.3,
+    param_dtype="float32",
+    compute_dtype="float32",
+    logits_dtype="float32",
+    loss_chunk=16,
+    remat="none",
+)
+SETTINGS = GenerationSettings(slots=3, capacity=64, prefill_tokens=16, decode_steps=4)
+TOKENIZER = ByteTokenizer(TokenizerConfig(kind="bytes", path="", vocab_size=258, bos="<s>", eos="</s>"))
+PROMPTS = [np.random.default_rng(length).integers(0, 258, length).tolist() for length in (5, 1, 40, 17, 3, 30, 2)]
+
+
+@functools.cache
+def model(compute_dtype: str = "float32") -> HybridLM:
+    return HybridLM(dataclasses.replace(CONFIG, compute_dtype=compute_dtype), rngs=nnx.Rngs(0))
+
+
+def params() -> nnx.State:
+    """Its parameters, which a test may change."""
+    return jax.tree.map(lambda weight: weight, nnx.state(model(), nnx.Param))
+
+
+@functools.cache
+def generator(layout: tuple[int, int, int, int] | None = None, **settings: int) -> Generator:
+    """On a mesh (data, fsdp, expert, tensor), or on one device; not for a test that changes it."""
+    chosen = dataclasses.replace(SETTINGS, **settings)
+    if layout is None:
+        return Generator(CONFIG, params(), chosen, tokenizer=TOKENIZER)
+    mesh = parallel.make_mesh(parallel.MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    laid_out = jax.device_put(params(), parallel.shardings(params(), mesh))
+    return Generator(CONFIG, laid_out, chosen, mesh=mesh, tokenizer=TOKENIZER)
+
+
+def ordered(completions):
+    """All of them, by prompt and sample."""
+    return sorted(completions, key=lambda completion: (completion.prompt, completion.sample))
