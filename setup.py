@@ -34,6 +34,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "evaluation": ["lm_eval>=0.4.13"],
         "tpu_compile": ["libtpu"],  # compiles for TPUs on any Linux machine: the tests of the kernels that need it run
         "zstd": ["zstandard"],  # reads .jsonl.zst
         "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard"],

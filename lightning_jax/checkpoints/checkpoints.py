@@ -15,9 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any, Self
 
 import jax
@@ -26,13 +24,20 @@ from lightning_jax.checkpoints import processes, state_tree
 from lightning_jax.checkpoints.array_files import ArrayFiles, one_line
 from lightning_jax.checkpoints.config import CheckpointConfig
 from lightning_jax.checkpoints.fingerprint import fingerprints
-from lightning_jax.checkpoints.manifest import CheckpointError, Leaf, Manifest, files_in, sync_folder, sync_tree
+from lightning_jax.checkpoints.manifest import (
+    CheckpointError,
+    Leaf,
+    Manifest,
+    files_in,
+    library_versions,
+    sync_folder,
+    sync_tree,
+)
 from lightning_jax.checkpoints.restoring import ARRAYS, Restored, committed_steps, restore_newest
 
 logger = logging.getLogger(__name__)
 
 SAVING, DELETING = ".saving", ".deleting"
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # With several processes the clock of process 0 decides for all, which costs a broadcast: ask it this often.
 _CLOCK_EVERY_STEPS = 16
@@ -176,7 +181,7 @@ class Checkpoints:
         Manifest(
             step=step,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"python": python_version(), **{name: version(name) for name in _LIBRARIES}},
+            versions=library_versions(),
             leaves={path: Leaf(*shape, fingerprint=fingerprint.get(path, "")) for path, shape in shapes.items()},
             files=files_in(folder),
             metadata=metadata,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _SEEDS = (0x9E3779B9, 0x3C6EF372)  # any two will do: the fraction of the golden ratio, and twice it
 
@@ -25,14 +26,24 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> Callable[[], dict[str, str]
     pending = {path: _fingerprint(array) for path, array in arrays.items()}
 
     def finish() -> dict[str, str]:
-        return {path: f"{first:08x}{second:08x}" for path, (first, second) in jax.device_get(pending).items()}
+        return {path: written(sums) for path, sums in jax.device_get(pending).items()}
 
     return finish
 
 
+def block_sums(block: np.ndarray, start: tuple[int, ...]) -> np.ndarray:
+    """What a block of an array, beginning at index `start`, adds to the array's two sums; uint32 [2]."""
+    return np.asarray(_fingerprint(block, np.array(start, np.uint32)))
+
+
+def written(sums: np.ndarray) -> str:
+    """The fingerprint whose two sums these are."""
+    return f"{sums[0]:08x}{sums[1]:08x}"
+
+
 @jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
-    return jnp.stack([_position_mixed_sum(_bits(array), seed) for seed in _SEEDS])
+def _fingerprint(array: jax.Array, start: jax.Array | None = None) -> jax.Array:
+    return jnp.stack([_position_mixed_sum(_bits(array), seed, start) for seed in _SEEDS])
 
 
 def _bits(array: jax.Array) -> jax.Array:
@@ -45,11 +56,12 @@ def _bits(array: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(array, f"uint{bits}").astype(jnp.uint32)
 
 
-def _position_mixed_sum(bits: jax.Array, seed: int) -> jax.Array:
+def _position_mixed_sum(bits: jax.Array, seed: int, start: jax.Array | None) -> jax.Array:
     position = jnp.uint32(seed)
     for axis in range(bits.ndim):
         # An odd factor per axis: no two rows of an axis of fewer than 2^32 share a position.
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * (_mix(jnp.uint32(seed + axis)) | 1)
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + (0 if start is None else start[axis])
+        position += index * (_mix(jnp.uint32(seed + axis)) | 1)
     return jnp.sum(_mix(bits ^ position), dtype=jnp.uint32)
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import zlib
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 from lightning_jax.errors import UserError
@@ -13,6 +15,7 @@ from lightning_jax.errors import UserError
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _SMALL_FILE = 65536  # bytes
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class CheckpointError(UserError):
@@ -91,6 +94,10 @@ class Manifest:
                 raise DamagedError(f"file {name} has {found.size} bytes, not {saved.size}")
             if found.crc32 != saved.crc32:
                 raise DamagedError(f"file {name} was altered")
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def files_in(folder: Path) -> dict[str, File]:

@@ -56,6 +56,18 @@ def test_seed_prompt_and_sample_decide_a_draw():
     assert len({tuple(c.ids) for c in (*first, *other)}) == 8
 
 
+def test_every_token_of_every_sample_is_a_draw_of_its_own():
+    """Where all logits are 0, 480 tokens are uniform over 258: about 218 of them different, and no sample repeats."""
+    uniform = Generator(CONFIG, params(), SETTINGS)
+    uniform.params["head"].set_value(0 * uniform.params["head"].get_value())
+    completions = list(uniform.generate(PROMPTS[:4], Sampling(max_new_tokens=20, samples=6)))
+    drawn = np.array([completion.ids for completion in completions])
+    assert 200 < len(np.unique(drawn)) < 236
+    assert min(len(set(row)) for row in drawn) > 14
+    for first in range(len(drawn)):
+        assert np.sum(drawn[first] == drawn[first + 1 :], axis=1, initial=0).max(initial=0) <= 3
+
+
 def test_prompts_come_and_go_without_compiling():
     """Three sizes of pieces, empty slots and prompts (3), the copy into a slot, and the decoding loop."""
     several = Generator(CONFIG, params(), dataclasses.replace(SETTINGS, slots=2, capacity=130, prefill_tokens=32))

@@ -6,47 +6,15 @@ import functools
 import jax
 import numpy as np
 from flax import nnx
+from tiny_model import tiny_model
 
 from lightning_jax import parallel
 from lightning_jax.generation import GenerationSettings, Generator
 from lightning_jax.input_pipeline import TokenizerConfig
 from lightning_jax.input_pipeline.tokenizers import ByteTokenizer
-from lightning_jax.models import HybridLM, ModelConfig
+from lightning_jax.models import HybridLM
 
-CONFIG = ModelConfig(
-    vocab_size=258,
-    hidden_size=16,
-    num_layers=3,
-    layer_pattern=("lightning", "softmax"),
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rotary_dim=2,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    lightning_norm_eps=1e-6,
-    attention_implementation="auto",
-    lightning_implementation="auto",
-    intermediate_size=16,
-    num_experts=4,
-    experts_per_token=2,
-    expert_dispatch="auto",
-    capacity_factor=1.0,
-    router_aux_loss="paper",
-    router_aux_coefficient=0.01,
-    norm_placement="post",
-    residual_alpha=1.5,
-    residual_beta=1.0,
-    rms_norm_eps=1e-5,
-    tie_embeddings=False,
-    initializer="normal",
-    initializer_range=0.3,
-    param_dtype="float32",
-    compute_dtype="float32",
-    logits_dtype="float32",
-    loss_chunk=16,
-    remat="none",
-)
+CONFIG = tiny_model(vocab_size=258, num_layers=3, initializer_range=0.3)
 SETTINGS = GenerationSettings(slots=3, capacity=64, prefill_tokens=16, decode_steps=4)
 TOKENIZER = ByteTokenizer(TokenizerConfig(kind="bytes", path="", vocab_size=258, bos="<s>", eos="</s>"))
 PROMPTS = [np.random.default_rng(length).integers(0, 258, length).tolist() for length in (5, 1, 40, 17, 3, 30, 2)]

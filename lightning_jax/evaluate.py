@@ -1,0 +1,225 @@
+"""What a trained model can do: a run of ours, or a Hugging Face folder.
+
+    python -m lightning_jax.evaluate perplexity --from=runs/m1 --corpus=wiki=wiki.jsonl:text --corpus=book=book.txt
+    python -m lightning_jax.evaluate needle --from=runs/m1 --lengths=1024,4096 --depths=0,25,50,75,100
+    python -m lightning_jax.evaluate my_task.yaml lm_eval:arc_easy --from=SmolLM2-135M --out=results
+
+Tasks may stand together. A .yaml file is a task of lm-evaluation-harness, and lm_eval:NAME is one of its own, whose
+data it may download; both need `pip install lm_eval`. With --out, the folder gets results.json and evaluation.html.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lightning_jax import parallel
+from lightning_jax.command_line import USAGE_ERROR
+from lightning_jax.config import nearest_name
+from lightning_jax.errors import UserError
+from lightning_jax.evaluation import (
+    NeedleSettings,
+    Scorer,
+    TextModel,
+    needle_in_a_haystack,
+    perplexity,
+    read_texts,
+    run_tasks,
+    table,
+    write_results,
+)
+from lightning_jax.evaluation.harness import TASK_FILE_ENDINGS, problems_of_tasks
+from lightning_jax.input_pipeline.embedded import EmbeddedCorpus
+from lightning_jax.trained_model import TrainedModel, load_model
+
+OWN_TASKS = ("perplexity", "needle")
+HARNESS = "lm_eval:"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lightning_jax.evaluate", description="Evaluates a trained model.")
+    add = parser.add_argument
+    add("tasks", nargs="+", metavar="TASK", help="perplexity, needle, FILE.yaml or lm_eval:NAME")
+    add("--from", dest="source", required=True, metavar="PATH", help="a run's folder, or a Hugging Face folder")
+    add("--out", type=Path, metavar="FOLDER", help="write results.json and evaluation.html there")
+    add("--context_length", type=int, metavar="TOKENS", help="instead of the one that the model was trained on")
+    add("--batch_tokens", type=int, default=16_384, help="computed at one time")
+    add("--compute_dtype", choices=("float32", "bfloat16"), help="instead of the model's own")
+    add("--mesh", default="", metavar="AXIS=DEVICES,...", help="data, fsdp, expert, tensor; one may be -1")
+    group = parser.add_argument_group("perplexity").add_argument
+    group("--corpus", action="append", default=[], metavar="NAME=PATH[:FIELD]", help="JSON lines, or one text")
+    group("--layout", choices=("documents", "windows"), default="documents", help="apart, or all in one sequence")
+    group("--stride", type=int, metavar="TOKENS", help="by which windows go on; half of the context if not given")
+    group = parser.add_argument_group("needle").add_argument
+    group("--lengths", default="256,512,1024,2048", metavar="TOKENS,...", help="of the prompt with its answer")
+    group("--depths", default="0,25,50,75,100", metavar="PERCENT,...", help="where the needle stands")
+    group("--trials", type=int, default=4, help="for each length and depth")
+    group("--distractors", type=int, default=7, help="wrong answers beside the right one")
+    group("--seed", type=int, default=0, help="the same seed asks the same")
+    group = parser.add_argument_group("lm-evaluation-harness").add_argument
+    group("--num_fewshot", type=int, help="examples before each question, instead of the task's own number")
+    group("--limit", type=int, help="the first questions of each task only")
+    return parser.parse_args(arguments)
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """All of the command but telling its results, which it returns.
+
+    Raises:
+        UserError: something that the user has to change; a line for each.
+    """
+    problems: list[str] = []
+    tasks = _harness_tasks(options, problems)
+    corpora = _corpora(options, problems) if "perplexity" in options.tasks else {}
+    needle = _needle_settings(options, problems)
+    mesh = _mesh(options, problems)
+    problems += [
+        f"--{name}: {value} is not positive"
+        for name in ("context_length", "batch_tokens", "stride", "num_fewshot", "limit")
+        if (value := getattr(options, name)) is not None and value < (name != "num_fewshot")
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+    model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=_say)
+    context_length = _context_length(options, model, needle.lengths if "needle" in options.tasks else ())
+    scorer = Scorer(model, batch_tokens=options.batch_tokens)
+    results: dict[str, Any] = {"model": {"name": model.name, "from": options.source}}
+    if model.step is not None:
+        results["model"]["step"] = model.step
+    results["model"] |= {"parameters": model.config.num_parameters(), "compute_dtype": model.config.compute_dtype}
+    if corpora:
+        results["perplexity"] = {}
+    for name, texts in corpora.items():
+        _say(f"perplexity: {name}, {len(texts):,} documents")
+        stride = options.stride or -(-context_length // 2)
+        results["perplexity"][name] = perplexity(
+            scorer, texts, context_length=context_length, stride=stride, layout=options.layout
+        )
+    if "needle" in options.tasks:
+        haystack = EmbeddedCorpus("text")
+        texts = [text for _, text in haystack.documents]
+        results["needle"] = {"haystack": haystack.fingerprint, **needle_in_a_haystack(scorer, texts, needle, _say)}
+    if tasks:
+        asked = TextModel(scorer, context_length)
+        results["lm_eval"] = run_tasks(asked, tasks, num_fewshot=options.num_fewshot, limit=options.limit, say=_say)
+    return results
+
+
+def _harness_tasks(options: argparse.Namespace, problems: list[str]) -> list[str]:
+    named = [task for task in options.tasks if task not in OWN_TASKS]
+    known = [task for task in named if task.startswith(HARNESS) or task.endswith(TASK_FILE_ENDINGS)]
+    problems += [
+        f"{task}: no such task; {nearest_name(task, OWN_TASKS)}; tasks of lm-evaluation-harness are FILE.yaml or "
+        f"{HARNESS}NAME"
+        for task in named
+        if task not in known
+    ]
+    tasks = [task.removeprefix(HARNESS) for task in known]
+    problems += problems_of_tasks(tasks)
+    return tasks
+
+
+def _corpora(options: argparse.Namespace, problems: list[str]) -> dict[str, list[str]]:
+    """The texts of each corpus."""
+    if not options.corpus:
+        problems.append("perplexity: of which texts? give --corpus=NAME=PATH[:FIELD], one for each corpus")
+    corpora: dict[str, list[str]] = {}
+    for given in options.corpus:
+        name, equals, place = given.partition("=")
+        if not (name and equals and place):
+            problems.append(f"--corpus={given}: not of the form NAME=PATH[:FIELD]")
+            continue
+        if name in corpora:
+            problems.append(f"--corpus={given}: there is a corpus {name!r} already; give it another name")
+            continue
+        # A path may hold a colon itself.
+        path, _, field = (place, "", "") if Path(place).exists() or ":" not in place else place.rpartition(":")
+        try:
+            corpora[name] = read_texts(Path(path), field or None)
+        except UserError as error:
+            problems.extend(f"--corpus={name}: {line}" for line in str(error).splitlines())
+    return corpora
+
+
+def _needle_settings(options: argparse.Namespace, problems: list[str]) -> NeedleSettings | None:
+    numbers = {}
+    for name, kind in (("lengths", int), ("depths", float)):
+        try:
+            numbers[name] = tuple(kind(part) for part in getattr(options, name).split(",") if part)
+        except ValueError:
+            problems.append(f"--{name}={getattr(options, name)}: not numbers with commas between")
+    if len(numbers) < 2:
+        return None
+    settings = NeedleSettings(**numbers, trials=options.trials, distractors=options.distractors, seed=options.seed)
+    problems += [f"--{problem}" for problem in settings.problems()]
+    return settings
+
+
+def _mesh(options: argparse.Namespace, problems: list[str]) -> parallel.MeshConfig | None:
+    if not options.mesh:
+        return None
+    axes = dict(part.partition("=")[::2] for part in options.mesh.split(","))
+    known = ("data", "fsdp", "expert", "tensor")
+    if not set(axes) <= set(known) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
+        problems.append(f"--mesh={options.mesh}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
+        return None
+    mesh = parallel.MeshConfig(**{axis: int(axes.get(axis, 1)) for axis in known})
+    problems += [f"--mesh: {problem}" for problem in mesh.problems()]
+    return mesh
+
+
+def _context_length(options: argparse.Namespace, model: TrainedModel, needle_lengths: Sequence[int]) -> int:
+    """The context to evaluate in; what is asked for must fit it.
+
+    Raises:
+        UserError: a line for each mistake.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"--from={options.source}: there is no tokenizer in it, and all that is asked is text")
+    context_length = options.context_length or model.context_length
+    if context_length is None:
+        raise UserError(f"--from={options.source}: it does not say its context length; give --context_length=TOKENS")
+    if model.context_length and context_length > model.context_length:
+        _say(f"--context_length: longer than the {model.context_length:,} tokens that the model was trained on")
+    problems = []
+    if options.stride and options.stride > context_length:
+        problems.append(f"--stride: {options.stride:,} would leave tokens out; at most the context, {context_length:,}")
+    problems += [
+        f"--lengths: {length:,} is longer than the context of {context_length:,} tokens; to try nevertheless, "
+        f"give --context_length={length}"
+        for length in needle_lengths
+        if length > context_length
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return context_length
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 2 for a user's mistake."""
+    options = parse(arguments)
+    try:
+        results = evaluate(options)
+        if jax.process_index() == 0:
+            print(table(results))
+            if options.out:
+                write_results(options.out, results)
+                _say(f"written: {options.out}")
+    except UserError as error:
+        for line in str(error).splitlines():
+            _say(f"error: {line}")
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Weights between Hugging Face's safetensors and our checkpoints, block by block in both directions.
+
+A conversion works in `<target>.converting`, where a journal names the pieces that are on disk, and renames the folder
+when all is there: a target is whole or it does not exist, and a conversion that was interrupted goes on where it was.
+Never more than a few blocks are in memory, however large the tensors are. Our fingerprints are sums over elements, so
+they are made while importing, and checked while exporting, block by block too.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from lightning_jax.checkpoints import Manifest, run_lock, safetensors_folder
+from lightning_jax.checkpoints.fingerprint import block_sums, written
+from lightning_jax.checkpoints.manifest import Leaf, files_in, library_versions, sync_folder, sync_tree
+from lightning_jax.checkpoints.restoring import ARRAYS
+from lightning_jax.checkpoints.run_lock import LOCK
+from lightning_jax.checkpoints.sliced_arrays import SlicedArrays
+from lightning_jax.input_pipeline.tokenizers import FileTokenizer
+from lightning_jax.model_folders import (
+    CHECKPOINTS,
+    CONFIG,
+    ORIGINAL,
+    TEXT_FILES,
+    Dtype,
+    HuggingFaceFolder,
+    ModelFolderError,
+    RunFolder,
+    Texts,
+    read_texts,
+)
+from lightning_jax.models import hugging_face
+from lightning_jax.models.hugging_face import Block, Piece
+from lightning_jax.models.hugging_face_config import architecture, caveats, write_config
+
+BLOCK_ELEMENTS = 2 << 20
+SYNC_ELEMENTS = 256 << 20  # so much is synced to disk and put on record at once
+SHARD_BYTES = 5_000_000_000
+WORKING, JOURNAL = ".converting", "journal.json"
+Say = Callable[[str], None]
+
+
+def import_model(source: HuggingFaceFolder, target: Path, *, say: Say) -> None:
+    """Makes of a Hugging Face checkpoint one of ours, as step 0 of a run folder; its text files come along.
+
+    Raises:
+        UserError: the target exists, or the tokenizer does not fit the weights.
+    """
+    config, tensors = source.config, source.tensors
+    read_texts(source, config.vocab_size)
+    leaves = {
+        _leaf_path(path): Leaf(leaf.shape, str(leaf.dtype), "")
+        for path, leaf in hugging_face.parameter_shapes(config).items()
+    }
+    identity = {
+        "import": str(source.path.absolute()),
+        "fields": source.fields,
+        "files": {str(path): path.stat().st_mtime_ns for path in sorted({t.file for t in tensors.values()})},
+        "dtype": config.param_dtype,
+    }
+    with _working_folder(target, identity, say) as (folder, journal):
+        step = folder / CHECKPOINTS / "0"
+        arrays = SlicedArrays(step / ARRAYS)
+        arrays.create(leaves, {_leaf_path(piece.path): _chunk(piece) for piece in source.pieces})
+
+        def convert(piece: Piece, block: Block) -> np.ndarray:
+            path = _leaf_path(piece.path)
+            theirs = tensors[piece.tensor].read(block.first_row, block.shape)
+            ours = np.ascontiguousarray(block.ours(theirs), jnp.dtype(leaves[path].dtype))
+            arrays.write(path, block.start, ours)
+            return block_sums(ours, block.start)
+
+        sums = _convert(source.pieces, journal, convert, say)
+        _copy_texts(source.path, folder / ORIGINAL)
+        shutil.copyfile(source.path / CONFIG, folder / ORIGINAL / CONFIG)
+        sync_tree(folder)
+        metadata = {
+            "model": dataclasses.asdict(config),
+            "context_length": source.context_length,
+            "router_dtype": source.router_dtype,
+        }
+        Manifest(
+            step=0,
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=library_versions(),
+            leaves={path: dataclasses.replace(leaf, fingerprint=written(sums[path])) for path, leaf in leaves.items()},
+            files=files_in(step),
+            metadata=json.loads(json.dumps(metadata)),
+        ).write(step)
+
+
+def export_model(
+    source: RunFolder,
+    target: Path,
+    *,
+    names: Literal["released", "transformers"] | None,
+    dtype: Dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say,
+) -> None:
+    """Makes of our newest checkpoint a Hugging Face folder that transformers and vLLM load.
+
+    Args:
+        names: of a MiniMax model's config.json: the released one, or transformers' port of it; None for those that it
+            was imported with, transformers' for a model of our own.
+        dtype: of the weights; None for that of the checkpoint. Routers stay as they were imported, else float32.
+        shard_bytes: about the size of each file.
+
+    Raises:
+        UserError: the target exists, no known architecture computes the model, or the checkpoint is damaged.
+    """
+    config, manifest = source.config(), source.manifest
+    dtype = dtype or config.param_dtype
+    fields = write_config(config, names, source.fields, dtype=dtype, context_length=source.context_length)
+    texts = read_texts(source, config.vocab_size)
+    if texts.tokenizer and "eos_token_id" not in fields:
+        fields |= {"bos_token_id": texts.tokenizer.bos_id, "eos_token_id": texts.tokenizer.eos_id}
+    for caveat in caveats(config, architecture(fields)):
+        say(caveat)
+    pieces = hugging_face.pieces(config, hugging_face.feed_forward_names(config))
+    router_dtype = manifest.metadata.get("router_dtype", "float32")
+    dtypes = {piece.tensor: jnp.dtype(router_dtype if piece.is_router else dtype) for piece in pieces}
+    shapes = {name: (shape, dtypes[name]) for name, shape in hugging_face.tensor_shapes(pieces).items()}
+    identity = {
+        "export": str(source.path.absolute()),
+        "leaves": {path: str(leaf) + leaf.fingerprint for path, leaf in manifest.leaves.items()},
+        "config": fields,
+        "router_dtype": router_dtype,
+        "shard_bytes": shard_bytes,
+    }
+    with _working_folder(target, identity, say) as (folder, journal):
+        tensors = safetensors_folder.plan(folder, shapes, shard_bytes=shard_bytes)
+        safetensors_folder.create(tensors)
+        arrays = SlicedArrays(source.path / CHECKPOINTS / str(manifest.step) / ARRAYS)
+
+        def convert(piece: Piece, block: Block) -> np.ndarray:
+            ours = arrays.read(_leaf_path(piece.path), block.start, block.our_shape)
+            tensors[piece.tensor].write(block.first_row, block.theirs(ours))
+            return block_sums(ours, block.start)
+
+        sums = _convert(pieces, journal, convert, say)
+        damaged = [path for path, found in sums.items() if written(found) != manifest.leaves[path].fingerprint]
+        if damaged:
+            shutil.rmtree(folder)
+            where = f"{source.path}: checkpoint {manifest.step}"
+            why = "has another fingerprint than when it was saved; delete that step to export the one before"
+            raise ModelFolderError("\n".join(f"{where}: {path} {why}" for path in damaged))
+        _write_texts(texts, folder, fields, say)
+        safetensors_folder.write_index(folder, tensors)
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _leaf_path(path: str) -> str:
+    """Of a parameter in a checkpoint."""
+    return f"params/{path}/value"
+
+
+def _chunk(piece: Piece) -> tuple[int, ...]:
+    """The chunks that an array is stored in: the blocks that it is written in."""
+    shape = piece.block_shape(BLOCK_ELEMENTS)
+    return (*(1 for _ in piece.index), *(shape[::-1] if piece.transposed else shape))
+
+
+def _convert(
+    pieces: Sequence[Piece], journal: "Journal", convert: Callable[[Piece, Block], np.ndarray], say: Say
+) -> dict[str, np.ndarray]:
+    """Converts what the journal does not have yet; the two sums of every array of ours: its fingerprint."""
+    if journal.sums:
+        say(f"going on after {len(journal.sums):,} of {len(pieces):,} pieces that an earlier conversion left")
+    elements = 0
+    for number, piece in enumerate(pieces):
+        if number not in journal.sums:
+            blocks = [convert(piece, block) for block in piece.blocks(BLOCK_ELEMENTS)]
+            journal.sums[number] = np.sum(blocks, axis=0, dtype=np.uint32)
+            elements += math.prod(piece.shape)
+        if elements >= SYNC_ELEMENTS:
+            journal.write()
+            elements = 0
+    totals: dict[str, np.ndarray] = {}
+    for number, piece in enumerate(pieces):
+        path = _leaf_path(piece.path)
+        totals[path] = totals.get(path, np.zeros(2, np.uint32)) + journal.sums[number]
+    return totals
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The sums of every piece that was converted; in a file, of those that are safely on disk."""
+
+    path: Path
+    identity: str
+    sums: dict[int, np.ndarray]
+
+    @classmethod
+    def open(cls, path: Path, identity: str) -> "Journal":
+        """What the folder's journal has, empty where there is none or it is that of another conversion."""
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            found = {}
+        sums = found.get("sums", {}) if found.get("identity") == identity else {}
+        return cls(path, identity, {int(number): np.array(each, np.uint32) for number, each in sums.items()})
+
+    def write(self) -> None:
+        """Syncs the folder, then puts on record what is in it."""
+        sync_tree(self.path.parent)
+        sums = {number: list(map(int, each)) for number, each in self.sums.items()}
+        replacement = self.path.with_suffix(".new")
+        replacement.write_text(json.dumps({"identity": self.identity, "sums": sums}))
+        replacement.rename(self.path)
+
+
+@contextlib.contextmanager
+def _working_folder(target: Path, identity: Any, say: Say) -> Iterator[tuple[Path, Journal]]:
+    """A folder to work in, with what an earlier conversion of the same left; becomes the target if all goes well."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelFolderError(f"{target}: it exists already; name a new folder")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = target.with_name(target.name + WORKING)
+    with run_lock(folder):
+        journal = Journal.open(folder / JOURNAL, digest)
+        if not journal.sums:  # what is there, if anything, is of another conversion or not on record
+            for path in folder.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield folder, journal
+        journal.path.unlink(missing_ok=True)
+        (folder / LOCK).unlink()
+        sync_tree(folder)
+        folder.rename(target)
+        sync_folder(target.parent)
+
+
+def _copy_texts(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in TEXT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any], say: Say) -> None:
+    """The tokenizer's files as they came, or made of the tokenizer that the run trained; generation_config.json."""
+    if texts.folder is not None:
+        _copy_texts(texts.folder, folder)
+    elif isinstance(texts.tokenizer, FileTokenizer):
+        texts.tokenizer.save(folder / "tokenizer.json")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **texts.special_tokens}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        say("no tokenizer files: Hugging Face has no tokenizer whose tokens are bytes")
+    if not (path := folder / "generation_config.json").exists():
+        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if fields.get(name) is not None}
+        path.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

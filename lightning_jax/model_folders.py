@@ -1,0 +1,254 @@
+"""What lies in the folder of a trained model, be it a run of ours or a Hugging Face checkpoint; reads no weights."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer as Backend
+
+from lightning_jax.checkpoints import Manifest, newest_manifest
+from lightning_jax.checkpoints.safetensors_folder import Tensor, open_folder
+from lightning_jax.config import INVALID, RunConfig, parse
+from lightning_jax.errors import UserError
+from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
+from lightning_jax.input_pipeline.tokenizers import FileTokenizer
+from lightning_jax.models import ModelConfig
+from lightning_jax.models import hugging_face as names
+from lightning_jax.models.hugging_face_config import HuggingFaceError, read_config
+from lightning_jax.stages import plan_stages
+
+CHECKPOINTS, ORIGINAL = "checkpoints", "hugging_face"  # in a run's folder; the second where it was imported
+CONFIG = "config.json"
+# All that belongs to a Hugging Face checkpoint besides weights and config. Code does not come along.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ModelFolderError(UserError):
+    """A folder that holds no model, or one that does not fit together; a line for every reason."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How a model's tokens are text.
+
+    Attributes:
+        folder: has the files of `TEXT_FILES`, as far as they exist; None for a model without any.
+        special_tokens: by the names that chat templates know: bos_token, eos_token, ...
+        eos_ids: any of them ends what the model generates.
+    """
+
+    tokenizer: Tokenizer | None
+    folder: Path | None
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HuggingFaceFolder:
+    """A Hugging Face checkpoint whose tensors are those of its config, each of the right shape."""
+
+    path: Path
+    fields: dict[str, Any]  # config.json
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    pieces: list[names.Piece]
+
+    @classmethod
+    def open(cls, path: Path, *, dtype: Dtype | None = None) -> "HuggingFaceFolder":
+        """Reads and checks config, index and headers.
+
+        Args:
+            dtype: to hold the weights in; None for the files' own, where float16 widens to float32.
+
+        Raises:
+            UserError: a line for everything that is wrong.
+        """
+        fields = read_json(path / CONFIG)
+        if not fields:
+            raise ModelFolderError(f"{path / CONFIG}: missing; it says what the weights are")
+        try:
+            config = read_config(fields, dtype or "float32")
+        except HuggingFaceError as error:
+            raise ModelFolderError("\n".join(f"{path}/{line}" for line in str(error).splitlines())) from None
+        tensors = open_folder(path)
+        if config.tie_embeddings:
+            tensors.pop("lm_head.weight", None)  # a copy of the embedding, which some files have
+        pieces = names.pieces(config, names.feed_forward_names(config, tensors))
+        if wrong := names.differences(pieces, {name: tensor.shape for name, tensor in tensors.items()}):
+            raise ModelFolderError("\n".join(f"{path}: {line}" for line in wrong))
+        if dtype is None:
+            widest = {tensors[piece.tensor].dtype for piece in pieces if not piece.is_router}
+            if all(each.name == "bfloat16" for each in widest):
+                config = dataclasses.replace(config, param_dtype="bfloat16", compute_dtype="bfloat16")
+        return cls(path, fields, config, tensors, pieces)
+
+    @property
+    def context_length(self) -> int | None:
+        return self.fields.get("max_position_embeddings")
+
+    @property
+    def router_dtype(self) -> Dtype:
+        """In which the routers' weights are there; ours are always float32."""
+        narrow = any(p.is_router and self.tensors[p.tensor].dtype.name == "bfloat16" for p in self.pieces)
+        return "bfloat16" if narrow else "float32"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run of ours, or an imported model, and its newest checkpoint whose files are whole."""
+
+    path: Path
+    manifest: Manifest
+    run: RunConfig | None  # None where it was imported
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Raises UserError where there is no checkpoint, or one of another version of this package."""
+        manifest = newest_manifest(path / CHECKPOINTS)
+        if manifest is None:
+            raise ModelFolderError(f"{path}: there is no whole checkpoint in {path / CHECKPOINTS}")
+        if "model" in manifest.metadata:
+            return cls(path, manifest, None)
+        run, problems = parse(RunConfig, manifest.metadata.get("config"))
+        if run is INVALID:
+            raise ModelFolderError("\n".join(f"{path}: {problem}" for problem in problems))
+        return cls(path, manifest, run)
+
+    def config(self, step: int | None = None) -> ModelConfig:
+        """The model as it was trained at a step, the newest if not given: with the rotary base of that stage."""
+        if self.run is None:
+            model, problems = parse(ModelConfig, self.manifest.metadata["model"], "model")
+            if problems:
+                raise ModelFolderError("\n".join(f"{self.path}: {problem}" for problem in problems))
+            return model
+        return dataclasses.replace(self.run.model, rope_theta=self._stage(step).rope_theta)
+
+    @property
+    def context_length(self) -> int | None:
+        return self.manifest.metadata.get("context_length") if self.run is None else self._stage(None).context_length
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config.json that it was imported with; empty for a run of ours."""
+        return read_json(self.path / ORIGINAL / CONFIG)
+
+    def _stage(self, step: int | None) -> Any:
+        step = self.manifest.step if step is None else step
+        stages = plan_stages(self.run)
+        return next((stage for stage in stages if step <= stage.last_step), stages[-1]).config
+
+
+def open_model_folder(path: Path, *, dtype: Dtype | None = None) -> HuggingFaceFolder | RunFolder:
+    """Whichever it is. Raises UserError where it is neither, or damaged."""
+    if not path.is_dir():
+        raise ModelFolderError(f"{path}: no such folder")
+    if (path / CHECKPOINTS).is_dir():
+        return RunFolder.open(path)
+    if (path / CONFIG).is_file() or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
+        return HuggingFaceFolder.open(path, dtype=dtype)
+    raise ModelFolderError(
+        f"{path}: neither a run ({CHECKPOINTS}/) nor a Hugging Face folder ({CONFIG}, *.safetensors)"
+    )
+
+
+def read_texts(folder: HuggingFaceFolder | RunFolder, vocab_size: int) -> Texts:
+    """The tokenizer and what goes with it.
+
+    Raises:
+        UserError: a file is damaged, or the tokenizer has more tokens than the model.
+    """
+    if isinstance(folder, HuggingFaceFolder):
+        texts = _read_text_files(folder.path, folder.fields)
+    elif folder.run is None:
+        texts = _read_text_files(folder.path / ORIGINAL, folder.fields)
+    else:
+        texts = _texts_of_run(folder.run)
+    if texts.tokenizer and texts.tokenizer.vocab_size > vocab_size:
+        raise ModelFolderError(
+            f"{folder.path}: the tokenizer has {texts.tokenizer.vocab_size:,} tokens, more than the model's "
+            f"vocab_size={vocab_size:,}; they do not belong together"
+        )
+    return texts
+
+
+def _texts_of_run(run: RunConfig) -> Texts:
+    """The tokenizer that the run was trained with; a chat template where its file came with one."""
+    tokenizer = prepare_tokenizer(run.data)
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    if run.data.tokenizer.kind != "file":
+        given = {"bos_token": run.data.tokenizer.bos, "eos_token": run.data.tokenizer.eos}
+        return Texts(tokenizer, None, None, {name: token for name, token in given.items() if token}, eos)
+    folder = Path(run.data.tokenizer.path).expanduser().parent
+    texts = _read_text_files(folder, {})
+    return dataclasses.replace(texts, tokenizer=tokenizer, eos_ids=tuple(dict.fromkeys((*texts.eos_ids, *eos))))
+
+
+def _read_text_files(folder: Path, fields: Mapping[str, Any]) -> Texts:
+    settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    special = {name: _token(settings.get(name)) for name in SPECIAL_TOKENS}
+    special = {name: token for name, token in special.items() if token}
+    tokenizer = None
+    if (path := folder / "tokenizer.json").is_file():
+        tokenizer = FileTokenizer.open(path, bos="", eos="")
+        eos = special.get("eos_token", "")
+        eos = eos if eos in tokenizer.special_tokens else ""
+        tokenizer = FileTokenizer.open(path, bos=_first_token(path), eos=eos)
+    generation = read_json(folder / "generation_config.json")
+    ends = generation.get("eos_token_id", fields.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    return Texts(tokenizer, folder, _chat_template(folder, settings), special, tuple(e for e in ends if type(e) is int))
+
+
+def _first_token(path: Path) -> str:
+    """The token that a tokenizer's own post-processor puts before every text; "" for none."""
+    backend = Backend.from_file(str(path))
+    text, processed = (backend.encode("a", add_special_tokens=special) for special in (False, True))
+    return processed.tokens[0] if processed.tokens[:1] != text.tokens[:1] else ""
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    template = read_json(folder / "chat_template.json").get("chat_template", settings.get("chat_template"))
+    if isinstance(template, list):  # several by name
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _token(value: Any) -> str | None:
+    """A special token as tokenizer_config.json writes it: a string, or an object with its content."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file. Raises ModelFolderError where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ModelFolderError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path}: not a JSON object")
+    return value
