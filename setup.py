@@ -25,7 +25,7 @@ setup(
         "array_record>=0.8",
         "pyarrow>=15",
         "tokenizers>=0.22",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "safetensors>=0.5",
         "matplotlib>=3.9",
         "tensorboardX>=2.6.2",

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from lightning_jax import parallel
-from lightning_jax.command_line import USAGE_ERROR
+from lightning_jax.command_line import USAGE_ERROR, mesh_option
 from lightning_jax.config import nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.evaluation import (
@@ -75,7 +74,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     tasks = _harness_tasks(options, problems)
     corpora = _corpora(options, problems) if "perplexity" in options.tasks else {}
     needle = _needle_settings(options, problems)
-    mesh = _mesh(options, problems)
+    mesh = mesh_option(options.mesh, problems)
     problems += [
         f"--{name}: {value} is not positive"
         for name in ("context_length", "batch_tokens", "stride", "num_fewshot", "limit")
@@ -157,19 +156,6 @@ def _needle_settings(options: argparse.Namespace, problems: list[str]) -> Needle
     settings = NeedleSettings(**numbers, trials=options.trials, distractors=options.distractors, seed=options.seed)
     problems += [f"--{problem}" for problem in settings.problems()]
     return settings
-
-
-def _mesh(options: argparse.Namespace, problems: list[str]) -> parallel.MeshConfig | None:
-    if not options.mesh:
-        return None
-    axes = dict(part.partition("=")[::2] for part in options.mesh.split(","))
-    known = ("data", "fsdp", "expert", "tensor")
-    if not set(axes) <= set(known) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
-        problems.append(f"--mesh={options.mesh}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
-        return None
-    mesh = parallel.MeshConfig(**{axis: int(axes.get(axis, 1)) for axis in known})
-    problems += [f"--mesh: {problem}" for problem in mesh.problems()]
-    return mesh
 
 
 def _context_length(options: argparse.Namespace, model: TrainedModel, needle_lengths: Sequence[int]) -> int:

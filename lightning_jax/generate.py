@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from lightning_jax import parallel
-from lightning_jax.command_line import USAGE_ERROR
+from lightning_jax.command_line import USAGE_ERROR, mesh_option
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, Speed
 from lightning_jax.input_pipeline import encode
@@ -161,15 +161,7 @@ def check_options(options: argparse.Namespace) -> parallel.MeshConfig | None:
         problems.append("--system: it needs --chat")
     if options.log_probs and not options.out:
         problems.append("--log_probs: they are written with --out only")
-    mesh = None
-    if options.mesh:
-        axes = dict(part.partition("=")[::2] for part in options.mesh.split(","))
-        known = ("data", "fsdp", "expert", "tensor")
-        if set(axes) <= set(known) and all(size.removeprefix("-").isdigit() for size in axes.values()):
-            mesh = parallel.MeshConfig(**{axis: int(axes.get(axis, 1)) for axis in known})
-            problems += [f"--mesh: {problem}" for problem in mesh.problems()]
-        else:
-            problems.append(f"--mesh={options.mesh}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
+    mesh = mesh_option(options.mesh, problems)
     if problems:
         raise UserError("\n".join(problems))
     return mesh

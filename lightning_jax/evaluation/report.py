@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.errors import UserError
-from lightning_jax.metrics.page import _STYLE, _table
-from lightning_jax.metrics.plots import _COLORS
+from lightning_jax.metrics.page import STYLE, html_table
+from lightning_jax.metrics.plots import COLORS
 
 RESULTS_FILE, PAGE_FILE = "results.json", "evaluation.html"
 _LOW, _MIDDLE, _HIGH = ((0xEF, 0x44, 0x44), (0xFB, 0xD3, 0x8D), (0x10, 0xB9, 0x81))
@@ -35,7 +35,7 @@ class Section:
 
     def html(self) -> str:
         figure = f"<figure>{self.svg}</figure>" if self.svg else ""
-        table = _table(self.headings, self.rows, numbers=True)
+        table = html_table(self.headings, self.rows, numbers=True)
         return f'<h2>{escape(self.title)}</h2><p class="faint">{escape(self.caption)}</p>{figure}{table}'
 
 
@@ -58,7 +58,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(str(results["model"]["name"]))}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(str(results["model"]["name"]))}</h1>
@@ -197,7 +197,7 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     marks += [_text(place(x, low)[0], 238, _tokens(2**x), "middle") for x in range(math.floor(right) + 1)]
     marks.append(_text(410, 256, "tokens seen", "middle"))
     for index, (name, curve) in enumerate(curves.items()):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         spots = [place(*point) for point in sorted(curve)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         marks.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')

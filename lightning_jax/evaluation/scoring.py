@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightning_jax import parallel
 from lightning_jax.generation import GenerationSettings, Generator, Sampling
+from lightning_jax.generation.log_probs import map_logits, target_log_probs
 from lightning_jax.generation.sampling import likeliest
 from lightning_jax.input_pipeline import Batch, Tokenizer, encode
 from lightning_jax.input_pipeline.packing import PackedRows, Pieces, best_fit_decreasing
@@ -169,22 +169,12 @@ def target_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tu
     """The log-probability [B, T] of every target, at least fp32, in nats, and whether it is the likeliest token."""
     model = nnx.merge(graphdef, params)
     hidden_BTD, _ = model(batch["inputs"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])
-    B, T, _ = hidden_BTD.shape
-    chunk = min(model.config.loss_chunk, T)
-
-    def chunks(x_BTX: jax.Array) -> jax.Array:
-        x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
-        return jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
-
-    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_BCD, targets_BC = inputs
-        logits_BCV = model.logits(hidden_BCD)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), likeliest(logits_BCV) == targets_BC
-
-    scores_NBC = jax.lax.map(one_chunk, (chunks(hidden_BTD), chunks(batch["targets"])))
-    log_probs_BT, likeliest_BT = (jnp.moveaxis(x_NBC, 0, 1).reshape(B, -1)[:, :T] for x_NBC in scores_NBC)
-    return log_probs_BT, likeliest_BT
+    return map_logits(
+        model,
+        hidden_BTD,
+        batch["targets"],
+        lambda logits, targets: (target_log_probs(logits, targets), likeliest(logits) == targets),
+    )
 
 
 def make_generator(scorer: Scorer, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Generator:

@@ -8,7 +8,8 @@ Source: MiniMax-M1 (arXiv 2506.13585) section 3.2 and figure 3.
 Shapes: B batch, T sequence, C chunk, N chunks, D model dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +34,36 @@ def token_log_probs(
     hidden_BTD, _ = model(
         batch["inputs"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], rope_theta=rope_theta
     )
+    temperature = jnp.where(temperature == 0, 1, temperature)
+    return map_logits(
+        model, hidden_BTD, batch["targets"], lambda logits, targets: target_log_probs(logits / temperature, targets)
+    )
+
+
+def map_logits(
+    model: HybridLM, hidden_BTD: jax.Array, targets_BT: jax.Array, function: Callable[[jax.Array, jax.Array], Any]
+) -> Any:
+    """function(logits [B, C, V], targets [B, C]) of every chunk of tokens, each of its results joined to [B, T].
+
+    Chunks are as long as those of the training loss, so that logits [B, T, V] never exist.
+    """
     B, T, _ = hidden_BTD.shape
     chunk = min(model.config.loss_chunk, T)
-    temperature = jnp.where(temperature == 0, 1, temperature)
 
     def chunks(x_BTX: jax.Array) -> jax.Array:
         x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
         return jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
 
-    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden_BCD, targets_BC = inputs
-        logits_BCV = model.logits(hidden_BCD) / temperature
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+    results_NBC = jax.lax.map(
+        lambda inputs: function(model.logits(inputs[0]), inputs[1]), (chunks(hidden_BTD), chunks(targets_BT))
+    )
+    return jax.tree.map(lambda x_NBC: jnp.moveaxis(x_NBC, 0, 1).reshape(B, -1)[:, :T], results_NBC)
 
-    log_probs_NBC = jax.lax.map(one_chunk, (chunks(hidden_BTD), chunks(batch["targets"])))
-    return jnp.moveaxis(log_probs_NBC, 0, 1).reshape(B, -1)[:, :T]
+
+def target_log_probs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """log softmax(logits)[target], in nats."""
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
 
 def completion_batch(

@@ -23,7 +23,7 @@ CONFIG_FILE = "config.json"
 _MOST_EVENTS = 200
 _logger = logging.getLogger(__name__)
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --faint: #6b7280; --line: #e3e5e9; --page: #ffffff; --box: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --faint: #9aa1ab; --line: #2c3138; --page: #14171b; --box: #1c2025; }
@@ -106,7 +106,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 {body}
@@ -175,7 +175,7 @@ def _results(run: _Run) -> str:
         reference = "" if entropy is None else f"{entropy:.4f}"
         rows.append([name, f"{curve[0][1]:.4f}", best, f"{last:.4f}", perplexity, reference])
     headings = ["loss, nats per token", "first", "best", "last", "perplexity", "unigram entropy"]
-    return "<h2>Results</h2>" + _table(headings, rows, numbers=True)
+    return "<h2>Results</h2>" + html_table(headings, rows, numbers=True)
 
 
 def _plots(run: _Run) -> Iterable[str]:
@@ -210,7 +210,7 @@ def _events(run: _Run) -> str:
     note = ""
     if left_out := len(run.events) - len(shown):
         note = f'<p class="faint">The newest {len(shown)}; {left_out:,} earlier ones are in {EVENTS_FILE}.</p>'
-    return "<h2>Events</h2>" + _table(["time", "step", "what", "message"], rows) + note
+    return "<h2>Events</h2>" + html_table(["time", "step", "what", "message"], rows) + note
 
 
 def _where(run: _Run) -> str:
@@ -225,7 +225,7 @@ def _where(run: _Run) -> str:
             continue
         headings = list(dict.fromkeys(key for entry in entries for key in entry))
         parts.append(f"<h3>{name.capitalize()}</h3>")
-        parts.append(_table(headings, [[_text(entry.get(key)) for key in headings] for entry in entries]))
+        parts.append(html_table(headings, [[_text(entry.get(key)) for key in headings] for entry in entries]))
     return "".join(parts)
 
 
@@ -236,7 +236,7 @@ def _config(run: _Run) -> str:
     return f"<h2>Configuration</h2><details><summary>{CONFIG_FILE}</summary><pre>{text}</pre></details>"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
     """An HTML table; `numbers` aligns all columns but the first to the right."""
 
     def row(tag: str, cells: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 _INK = "#010203"  # stands for the page's text colour, which the page alone knows
-_COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#84cc16")
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#84cc16")
 _POINTS = 1500  # most points of a curve, and
 _COLUMNS = 300  # most columns of a heat map: more would only make the file larger
 
@@ -74,15 +74,15 @@ def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Pl
         seen = [smoothed]
         if steps.size:
             kept = _peaks(losses)
-            axes.plot(steps[kept], losses[kept], color=_COLORS[0], alpha=0.3, linewidth=0.8)
-            axes.plot(steps, smoothed, color=_COLORS[0], label="training, smoothed")
+            axes.plot(steps[kept], losses[kept], color=COLORS[0], alpha=0.3, linewidth=0.8)
+            axes.plot(steps, smoothed, color=COLORS[0], label="training, smoothed")
         for index, corpus in enumerate(corpora):
-            color = _COLORS[1 + index % (len(_COLORS) - 1)]
+            color = COLORS[1 + index % (len(COLORS) - 1)]
             at, values = np.array(validation_curve(records, corpus), dtype=float).T
             axes.plot(at, values, "o-", color=color, markersize=3, label=f"validation, {corpus}")
             seen.append(values)
         for corpus, entropy in sorted(unigram_entropy.items()):
-            color = _COLORS[1 + corpora.index(corpus) % (len(_COLORS) - 1)] if corpus in corpora else _INK
+            color = COLORS[1 + corpora.index(corpus) % (len(COLORS) - 1)] if corpus in corpora else _INK
             axes.axhline(entropy, color=color, linestyle="--", linewidth=0.9, label=f"unigram entropy, {corpus}")
             seen.append(np.array([entropy]))
         # One spike of the raw loss must not flatten everything else: it may leave the picture.
@@ -118,7 +118,7 @@ def _curve(records: Sequence[Record], name: str, title: str, caption: str, logar
 
     def draw(axes: "Axes") -> None:
         kept = _peaks(values)
-        axes.plot(steps[kept], values[kept], color=_COLORS[0], linewidth=1.0)
+        axes.plot(steps[kept], values[kept], color=COLORS[0], linewidth=1.0)
         if logarithmic and (values > 0).any():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -137,7 +137,7 @@ def _batch(records: Sequence[Record]) -> Plot | None:
             continue
 
         def draw(axes: "Axes", steps: np.ndarray = steps, values: np.ndarray = values, unit: str = unit) -> None:
-            axes.step(steps, values, where="post", color=_COLORS[0])
+            axes.step(steps, values, where="post", color=COLORS[0])
             axes.set_ylim(0, 1.15 * np.nanmax(values))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.set_ylabel(unit)
@@ -157,13 +157,13 @@ def _throughput(records: Sequence[Record], flops_convention: str) -> Plot | None
     mfu_steps, utilisation = _series(timings, "mfu")
 
     def draw(axes: "Axes") -> None:
-        axes.plot(steps, rates, color=_COLORS[0], linewidth=0.9, label="tokens per second")
+        axes.plot(steps, rates, color=COLORS[0], linewidth=0.9, label="tokens per second")
         axes.set_ylim(0, 1.15 * np.nanmax(rates))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_ylabel("tokens per second")
 
     def draw_utilisation(axes: "Axes") -> None:
-        axes.plot(mfu_steps, 100 * utilisation, color=_COLORS[2], linewidth=0.9)
+        axes.plot(mfu_steps, 100 * utilisation, color=COLORS[2], linewidth=0.9)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"MFU, % ({flops_convention})")
 
@@ -214,16 +214,16 @@ def _balance(records: Sequence[Record]) -> Plot | None:
     def draw(axes: "Axes") -> None:
         worst = busiest_SL.max(axis=1)
         kept = _peaks(worst)
-        axes.plot(steps[kept], worst[kept], color=_COLORS[4], linewidth=0.9, label="busiest, worst layer")
-        axes.plot(steps, busiest_SL.mean(axis=1), color=_COLORS[1], linewidth=0.9, label="busiest, mean over layers")
-        axes.plot(steps, idlest_SL.mean(axis=1), color=_COLORS[0], linewidth=0.9, label="idlest, mean over layers")
+        axes.plot(steps[kept], worst[kept], color=COLORS[4], linewidth=0.9, label="busiest, worst layer")
+        axes.plot(steps, busiest_SL.mean(axis=1), color=COLORS[1], linewidth=0.9, label="busiest, mean over layers")
+        axes.plot(steps, idlest_SL.mean(axis=1), color=COLORS[0], linewidth=0.9, label="idlest, mean over layers")
         axes.axhline(1.0, color=_INK, linestyle="--", linewidth=0.8)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("load / even share")
         axes.legend()
 
     def draw_dropped(axes: "Axes") -> None:
-        axes.plot(dropped_steps, 100 * dropped, color=_COLORS[3], linewidth=0.9)
+        axes.plot(dropped_steps, 100 * dropped, color=COLORS[3], linewidth=0.9)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("dropped, %")
 
