@@ -8,6 +8,7 @@ Sources: the weight index of MiniMax-M1 (arXiv 2506.13585; model.safetensors.ind
 writes too; transformers' `MiniMaxForCausalLM` in memory, which fuses the experts; `LlamaForCausalLM`.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,6 +141,7 @@ class Block:
         return (ours.T if self.transposed else ours).reshape(self.shape)
 
 
+@functools.cache
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of a model by path, e.g. `stacks/0/runs/0/mixer/gate`."""
     model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))

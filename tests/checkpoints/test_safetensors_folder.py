@@ -128,7 +128,7 @@ def test_every_shard_that_is_wrong_has_its_line(tmp_path):
     lines = str(error.value).replace(str(tmp_path), "").splitlines()
     assert lines == [
         "/model-00001-of-00004.safetensors: missing",
-        "/model-00002-of-00004.safetensors: 72 bytes, its header describes 80; it is truncated",
+        "/model-00002-of-00004.safetensors: 78 bytes, its header describes 86; it is truncated",
         "/model-00003-of-00004.safetensors: its tensor x is not in the index",
         "/model-00003-of-00004.safetensors: tensor c of the index is not in it",
     ]
