@@ -25,8 +25,8 @@ setup(
         "array_record>=0.8",
         "pyarrow>=15",
         "tokenizers>=0.22",
+        "tensorstore",
         "jinja2>=3.1.6",
-        "safetensors>=0.5",
         "matplotlib>=3.9",
         "tensorboardX>=2.6.2",
         "numpy>=2.0",
@@ -37,6 +37,6 @@ setup(
         "evaluation": ["lm_eval>=0.4.13"],
         "tpu_compile": ["libtpu"],  # compiles for TPUs on any Linux machine: the tests of the kernels that need it run
         "zstd": ["zstandard"],  # reads .jsonl.zst
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard", "safetensors>=0.5"],
     },
 )

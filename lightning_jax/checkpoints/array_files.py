@@ -1,7 +1,6 @@
 """Orbax's part: a dictionary of arrays to and from a folder of OCDBT files, in the background and under any sharding.
 
-Compression is off: it saves 8% of random-looking weights and takes the processor from the training step. Arrays are
-stored in chunks, stacked layers and experts apart, so that one layer's matrix can be read without the others.
+Compression is off: it saves 8% of random-looking weights and takes the processor from the training step.
 """
 
 import asyncio
@@ -14,8 +13,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lightning_jax.checkpoints.manifest import DamagedError
-
-_CHUNK_BYTES = 32 << 20
 
 # What Orbax reports when the machine, not the checkpoint, is at fault.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
@@ -34,12 +31,7 @@ class ArrayFiles:
         On return the arrays may be donated. The result waits for the files of this process and raises what went wrong.
         Must not be called from a thread with a running event loop.
         """
-        save_args = {
-            path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(array.ndim - 2, 0))))
-            for path, array in arrays.items()
-        }
-        args = ocp.args.PyTreeSave(dict(arrays), save_args=save_args)
-        save = self._handler.async_save(epath.Path(folder), args=args)
+        save = self._handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(dict(arrays)))
         futures = asyncio.run(save) or []
 
         def finish() -> None:
