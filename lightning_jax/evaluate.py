@@ -5,41 +5,48 @@
     python -m lightning_jax.evaluate my_task.yaml lm_eval:arc_easy --from=SmolLM2-135M --out=results
 
 Tasks may stand together. A .yaml file is a task of lm-evaluation-harness, and lm_eval:NAME is one of its own, whose
-data it may download; both need `pip install lm_eval`. With --out, the folder gets results.json and evaluation.html.
+data it may download; both need `pip install lm_eval`. With --out, the folder gets results.json and evaluation.html,
+written anew after each corpus, each length of needles and each task. What is there already, of the same model and with
+the same options, is not computed again: an evaluation that was stopped goes on.
 """
 
 import argparse
+import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lightning_jax.command_line import USAGE_ERROR, mesh_option
+from lightning_jax.command_line import Parser, finish, mesh_option, say, show
 from lightning_jax.config import nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.evaluation import (
     NeedleSettings,
+    Part,
     Scorer,
     TextModel,
+    load_tasks,
+    make_trials,
     needle_in_a_haystack,
     perplexity,
     read_texts,
-    run_tasks,
+    run_parts,
+    run_task,
     table,
-    write_results,
 )
 from lightning_jax.evaluation.harness import TASK_FILE_ENDINGS, problems_of_tasks
+from lightning_jax.input_pipeline.chat_template import ChatTemplate
 from lightning_jax.input_pipeline.embedded import EmbeddedCorpus
-from lightning_jax.trained_model import TrainedModel, load_model
+from lightning_jax.input_pipeline.sources import fingerprint
+from lightning_jax.trained_model import TrainedModel, load_model, model_fingerprint
 
 OWN_TASKS = ("perplexity", "needle")
 HARNESS = "lm_eval:"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lightning_jax.evaluate", description="Evaluates a trained model.")
+    parser = Parser(prog="python -m lightning_jax.evaluate", description="Evaluates a trained model.")
     add = parser.add_argument
     add("tasks", nargs="+", metavar="TASK", help="perplexity, needle, FILE.yaml or lm_eval:NAME")
     add("--from", dest="source", required=True, metavar="PATH", help="a run's folder, or a Hugging Face folder")
@@ -61,6 +68,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("lm-evaluation-harness").add_argument
     group("--num_fewshot", type=int, help="examples before each question, instead of the task's own number")
     group("--limit", type=int, help="the first questions of each task only")
+    group("--chat", action="store_true", help="questions are what a user says, in the model's chat template")
+    group("--system", metavar="TEXT", help="with --chat: the system's message")
     return parser.parse_args(arguments)
 
 
@@ -80,32 +89,74 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("context_length", "batch_tokens", "stride", "num_fewshot", "limit")
         if (value := getattr(options, name)) is not None and value < (name != "num_fewshot")
     ]
-    if problems:
+    if options.chat and not tasks:
+        problems.append("--chat: only tasks of lm-evaluation-harness ask questions; name one, or leave it out")
+    if options.system is not None and not options.chat:
+        problems.append("--system: it needs --chat")
+    if options.out and options.out.exists() and not options.out.is_dir():
+        problems.append(f"--out={options.out}: it is no folder")
+    if problems or needle is None:
         raise UserError("\n".join(problems))
 
-    model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=_say)
-    context_length = _context_length(options, model, needle.lengths if "needle" in options.tasks else ())
+    model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=say)
+    if options.chat and model.chat_template is None:
+        raise UserError(f"--chat: {options.source} has no chat template; leave --chat out, or take a chat model")
     scorer = Scorer(model, batch_tokens=options.batch_tokens)
-    results: dict[str, Any] = {"model": {"name": model.name, "from": options.source}}
-    if model.step is not None:
-        results["model"]["step"] = model.step
-    results["model"] |= {"parameters": model.config.num_parameters(), "compute_dtype": model.config.compute_dtype}
-    if corpora:
-        results["perplexity"] = {}
+    context_length = _context_length(options, model, needle.lengths if "needle" in options.tasks else ())
+    facts: dict[str, Any] = {"name": model.name, "from": options.source, "fingerprint": model_fingerprint(model)}
+    facts |= {} if model.step is None else {"step": model.step}
+    facts |= {"parameters": model.config.num_parameters(), "compute_dtype": model.config.compute_dtype}
+    with _chat_template(options, model) as template:
+        parts = [*_perplexity_parts(options, scorer, corpora, context_length)]
+        if "needle" in options.tasks:
+            parts += _needle_parts(scorer, needle)
+        if tasks:
+            parts += _harness_parts(options, TextModel(scorer, context_length, template), tasks)
+        return run_parts(parts, facts, options.out, say)
+
+
+def _perplexity_parts(
+    options: argparse.Namespace, scorer: Scorer, corpora: dict[str, list[str]], context_length: int
+) -> Iterator[Part]:
+    how = {
+        "layout": options.layout,
+        "context_length": context_length,
+        "stride": options.stride or -(-context_length // 2),
+    }
     for name, texts in corpora.items():
-        _say(f"perplexity: {name}, {len(texts):,} documents")
-        stride = options.stride or -(-context_length // 2)
-        results["perplexity"][name] = perplexity(
-            scorer, texts, context_length=context_length, stride=stride, layout=options.layout
-        )
-    if "needle" in options.tasks:
-        haystack = EmbeddedCorpus("text")
-        texts = [text for _, text in haystack.documents]
-        results["needle"] = {"haystack": haystack.fingerprint, **needle_in_a_haystack(scorer, texts, needle, _say)}
-    if tasks:
-        asked = TextModel(scorer, context_length)
-        results["lm_eval"] = run_tasks(asked, tasks, num_fewshot=options.num_fewshot, limit=options.limit, say=_say)
-    return results
+        answer = functools.partial(perplexity, scorer, texts, **how)
+        yield Part("perplexity", name, {"texts": fingerprint(texts), **how}, answer)
+
+
+def _needle_parts(scorer: Scorer, settings: NeedleSettings) -> Iterator[Part]:
+    haystack = EmbeddedCorpus("text")
+    asked = {
+        "haystack": haystack.fingerprint,
+        "depths": settings.depths,
+        "trials": settings.trials,
+        "distractors": settings.distractors,
+        "seed": settings.seed,
+    }
+    trials = make_trials([text for _, text in haystack.documents], scorer.tokenizer, settings)
+    for length, of_length in trials.items():
+        answer = functools.partial(needle_in_a_haystack, scorer, of_length)
+        yield Part("needle", f"{length:,} tokens", asked, answer)
+
+
+def _harness_parts(options: argparse.Namespace, model: TextModel, tasks: Sequence[str]) -> Iterator[Part]:
+    how = {"num_fewshot": options.num_fewshot, "limit": options.limit, "system": options.system}
+    asked = {"context_length": model.context_length, "chat": options.chat, **how}
+    for task, objects in load_tasks(tasks).items():
+        file = fingerprint(Path(task).read_text(encoding="utf-8")) if task.endswith(TASK_FILE_ENDINGS) else None
+        yield Part("lm_eval", task, {"file": file, **asked}, functools.partial(run_task, model, objects, **how))
+
+
+def _chat_template(
+    options: argparse.Namespace, model: TrainedModel
+) -> contextlib.AbstractContextManager[ChatTemplate | None]:
+    if not options.chat or model.chat_template is None:
+        return contextlib.nullcontext()
+    return ChatTemplate(model.chat_template, special_tokens=model.special_tokens)
 
 
 def _harness_tasks(options: argparse.Namespace, problems: list[str]) -> list[str]:
@@ -145,7 +196,7 @@ def _corpora(options: argparse.Namespace, problems: list[str]) -> dict[str, list
 
 
 def _needle_settings(options: argparse.Namespace, problems: list[str]) -> NeedleSettings | None:
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name, kind in (("lengths", int), ("depths", float)):
         try:
             numbers[name] = tuple(kind(part) for part in getattr(options, name).split(",") if part)
@@ -164,13 +215,11 @@ def _context_length(options: argparse.Namespace, model: TrainedModel, needle_len
     Raises:
         UserError: a line for each mistake.
     """
-    if model.tokenizer is None:
-        raise UserError(f"--from={options.source}: there is no tokenizer in it, and all that is asked is text")
     context_length = options.context_length or model.context_length
     if context_length is None:
         raise UserError(f"--from={options.source}: it does not say its context length; give --context_length=TOKENS")
     if model.context_length and context_length > model.context_length:
-        _say(f"--context_length: longer than the {model.context_length:,} tokens that the model was trained on")
+        say(f"--context_length: longer than the {model.context_length:,} tokens that the model was trained on")
     problems = []
     if options.stride and options.stride > context_length:
         problems.append(f"--stride: {options.stride:,} would leave tokens out; at most the context, {context_length:,}")
@@ -185,26 +234,18 @@ def _context_length(options: argparse.Namespace, model: TrainedModel, needle_len
     return context_length
 
 
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 2 for a user's mistake."""
+    """The command; returns its exit code: 2 for a user's mistake, 130 where it was stopped."""
     options = parse(arguments)
-    try:
-        results = evaluate(options)
-        if jax.process_index() == 0:
-            print(table(results))
-            if options.out:
-                write_results(options.out, results)
-                _say(f"written: {options.out}")
-    except UserError as error:
-        for line in str(error).splitlines():
-            _say(f"error: {line}")
-        return USAGE_ERROR
-    return 0
+
+    def command() -> int:
+        show(table(evaluate(options)))
+        if options.out:
+            say(f"written: {options.out}")
+        return 0
+
+    kept = f"; what was finished is in {options.out}, and the same command goes on from there" if options.out else ""
+    return finish(command, stopped=f"stopped{kept}")
 
 
 if __name__ == "__main__":

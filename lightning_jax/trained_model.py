@@ -14,8 +14,11 @@ from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.checkpoints import restore_newest
+from lightning_jax.checkpoints.fingerprint import fingerprints
 from lightning_jax.checkpoints.safetensors_folder import Tensor
+from lightning_jax.checkpoints.state_tree import named_leaves
 from lightning_jax.input_pipeline import Tokenizer
+from lightning_jax.input_pipeline.sources import fingerprint
 from lightning_jax.model_folders import (
     CHECKPOINTS,
     HuggingFaceFolder,
@@ -108,6 +111,13 @@ def load_model(
         eos_ids=texts.eos_ids,
         step=step,
     )
+
+
+def model_fingerprint(model: TrainedModel) -> str:
+    """Equal for models that compute the same from the same text, however they are laid out; every process calls it."""
+    weights = fingerprints(named_leaves(nnx.to_pure_dict(model.params)))()
+    tokenizer = model.tokenizer and model.tokenizer.fingerprint
+    return fingerprint([weights, dataclasses.asdict(model.config), tokenizer, model.chat_template])[:16]
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

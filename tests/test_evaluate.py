@@ -61,13 +61,43 @@ def test_perplexity_of_each_corpus_is_shown_and_written(corpora, tmp_path, capsy
     assert (tmp_path / "out" / "evaluation.html").exists()
 
 
+def test_an_evaluation_that_was_stopped_goes_on_with_the_parts_that_are_missing(
+    corpora, tiny_model, tmp_path, monkeypatch, capsys
+):
+    arguments = ("perplexity", *corpora, "--context_length=64", f"--out={tmp_path / 'out'}")
+    whole, asked = evaluate.perplexity, []
+
+    def stops_at_the_second(scorer, texts, **how):
+        asked.append(texts)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(scorer, texts, **how)
+
+    monkeypatch.setattr(evaluate, "perplexity", stops_at_the_second)
+    assert run(*arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped; what was finished is in {tmp_path / 'out'}, and the same command goes on from there"
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["perplexity"]) == ["first"]
+    assert run(*arguments) == 0
+    assert asked == [["alpha beta", "gamma"], ["delta epsilon"], ["delta epsilon"]]
+    assert "perplexity: first: it is in results.json already" in capsys.readouterr().err
+    assert run(*arguments, "--stride=64") == 0  # another question
+    assert len(asked) == 5
+    tiny_model.params["embedding"] = tiny_model.params["embedding"].replace(tiny_model.params["embedding"][...] * 2)
+    assert run(*arguments, "--stride=64") == 0  # another model
+    assert len(asked) == 7
+    assert "of another model, or of this one before it was trained on; all is evaluated anew" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_needles_are_asked_for_at_each_length_and_depth(capsys):
     assert run("needle", "--lengths=200,256", "--depths=0,100", "--trials=1", "--distractors=2") == 0
     shown = capsys.readouterr()
     rows = [line.split() for line in shown.out.splitlines() if "%" in line]
     assert [row[:2] for row in rows] == [["200", "0%"], ["200", "100%"], ["256", "0%"], ["256", "100%"]]
-    assert "needle: 2 questions of 200 tokens" in shown.err
+    assert "needle: 200 tokens" in shown.err
 
 
 def test_every_mistake_in_the_options_has_its_line(tmp_path, capsys):
@@ -102,6 +132,9 @@ def test_every_mistake_in_the_options_has_its_line(tmp_path, capsys):
             "--lengths: 1,024 is longer than the context of 512 tokens; to try nevertheless",
         ),
         (["needle", "--lengths=100", "--stride=600"], "--stride: 600 would leave tokens out; at most the context, 512"),
+        (["needle", "--lengths=200", "--chat"], "--chat: only tasks of lm-evaluation-harness ask questions"),
+        (["needle", "--lengths=200", "--system=x"], "--system: it needs --chat"),
+        (["needle", "--lengths=200", "--out=/dev/null"], "--out=/dev/null: it is no folder"),
         (["needle", "--lengths=200", "--mesh=data=0"], "--mesh: data: 0 devices cannot serve an axis"),
     ],
 )
@@ -121,7 +154,7 @@ def test_a_model_must_have_a_tokenizer_and_a_context_length(tiny_model, corpora,
     assert line == "--from=model: it does not say its context length; give --context_length=TOKENS"
     tiny_model.tokenizer = None
     (line,) = errors(capsys, "perplexity", *corpora)
-    assert line == "--from=model: there is no tokenizer in it, and all that is asked is text"
+    assert line == "tiny: there is no tokenizer in it, and all that is asked is text"
     tiny_model.tokenizer = TOKENIZER
 
 

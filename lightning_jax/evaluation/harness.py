@@ -1,23 +1,26 @@
 """EleutherAI's lm-evaluation-harness on our models: its three kinds of request, and its tasks, from local files too.
 
-`TextModel` answers the requests and needs nothing of the harness; `run_tasks` needs `pip install lm_eval`, which needs
-no PyTorch for this. What a request means is the harness's: how a context and its continuation are split into tokens,
+`TextModel` answers the requests and needs nothing of the harness; tasks need `pip install lm_eval`, which needs no
+PyTorch for this. What a request means is the harness's: how a context and its continuation are split into tokens,
 contexts cut at the left where they are too long, rolling windows that score every token once.
 """
 
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_jax.errors import UserError
-from lightning_jax.evaluation.scoring import Scorer, Span, encode_pair, make_generator, start_ids, windows
+from lightning_jax.evaluation.scoring import Scorer, Span, encode_pair, start_ids, windows
 from lightning_jax.generation import Sampling
 from lightning_jax.input_pipeline import encode
+from lightning_jax.input_pipeline.chat_template import ChatTemplate, Message, encode_rendered, mark_texts
+from lightning_jax.input_pipeline.sources import fingerprint
 
 TASK_FILE_ENDINGS = (".yaml", ".yml")
 MAX_NEW_TOKENS = 256  # the harness's own default
@@ -30,11 +33,28 @@ class TextModel:
 
     Args:
         context_length: tokens that the model sees at most.
+        chat_template: renders the contexts, in which special tokens then are what they are.
     """
 
-    def __init__(self, scorer: Scorer, context_length: int):
-        self.scorer, self.context_length = scorer, context_length
-        self.tokenizer = scorer.model.tokenizer
+    def __init__(self, scorer: Scorer, context_length: int, chat_template: ChatTemplate | None = None):
+        self.scorer, self.context_length, self.chat_template = scorer, context_length, chat_template
+        self.tokenizer = scorer.tokenizer
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """A chat as a context: up to the assistant's turn, or else up to the end of the last message, which goes on.
+
+        What looks like a special token in a message is marked as the text that it is.
+
+        Raises:
+            ChatTemplateError: what the template did, in one line.
+        """
+        assert self.chat_template is not None
+        (text,) = self.chat_template.render(
+            [mark_texts(self.tokenizer, messages)],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the continuation's log-likelihood in nats, and whether it is the greedy one.
@@ -67,13 +87,13 @@ class TextModel:
                     f"max_gen_toks={sampling.max_new_tokens:,} leaves no room for a prompt in a context of "
                     f"{self.context_length:,} tokens"
                 )
-            prompts.append(self._begun(encode(self.tokenizer, context))[-room:])
-        generator = make_generator(self.scorer, prompts, samplings)
-        texts = {completion.prompt: completion.text for completion in generator.generate(prompts, samplings)}
-        return [texts[number] for number in range(len(prompts))]
+            prompts.append(self._begun(self._encode(context))[-room:])
+        return self.scorer.continuations(prompts, samplings)
 
     def _span(self, context: str, continuation: str) -> Span:
-        before, scored = encode_pair(self.tokenizer, context, continuation)
+        if self.chat_template:
+            continuation = mark_texts(self.tokenizer, continuation)
+        before, scored = encode_pair(self._encode, context, continuation)
         if not 0 < len(scored) <= self.context_length:
             raise UserError(
                 f"a continuation of {len(scored):,} tokens cannot be scored in a context of {self.context_length:,}: "
@@ -83,9 +103,15 @@ class TextModel:
         before = self._begun(before)[-(self.context_length + 1 - len(scored)) :]
         return Span(np.concatenate([before, scored]), len(before))
 
+    def _encode(self, text: str) -> np.ndarray:
+        return (encode_rendered if self.chat_template else encode)(self.tokenizer, text)
+
     def _begun(self, ids: np.ndarray) -> np.ndarray:
-        """The ids behind bos; behind eos where there is no bos, but only if nothing else would be there."""
-        if len(ids) and self.tokenizer.bos_id is None:
+        """The ids behind bos, which a chat template writes itself.
+
+        Behind eos where there is no bos, but only if nothing else would be there.
+        """
+        if len(ids) and (self.chat_template or self.tokenizer.bos_id is None):
             return ids
         begun = np.concatenate([start_ids(self.tokenizer), ids])
         if not len(begun):
@@ -125,44 +151,70 @@ def problems_of_tasks(tasks: Sequence[str]) -> list[str]:
     ]
 
 
-def run_tasks(
-    model: TextModel, tasks: Sequence[str], *, num_fewshot: int | None, limit: int | None, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Runs tasks of lm-evaluation-harness; what it returns is what the harness reports, ready for JSON.
+def load_tasks(tasks: Sequence[str]) -> dict[str, list[Any]]:
+    """The harness's own objects for each task, or group of tasks.
 
     Args:
         tasks: YAML files, or names of the harness's own tasks, whose data it may download.
-        num_fewshot: examples before each question, instead of the task's own number.
-        limit: the first questions of each task only.
 
     Raises:
-        UserError: a task that the harness does not know or cannot load.
+        UserError: a line for each task that the harness does not know or cannot load.
     """
     # Its bootstrap would fork this process, whose threads hold locks of XLA.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable
 
     only_files = all(task.endswith(TASK_FILE_ENDINGS) for task in tasks)
     manager = TaskManager(include_defaults=not only_files)
-    loaded, problems = [], []
+    objects: dict[str, list[Any]] = {}
+    problems = []
     for task in tasks:
         try:
-            loaded.extend(manager.load([task])["tasks"].values())
+            loaded = manager.load([task])
         except Exception as error:  # a task file can be wrong in any way
             problems.append(f"{task}: the harness cannot load it: {_first_line(error)}")
+            continue
+        # A group comes with its tasks, and with the groups in it behind it.
+        objects[task] = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())
     if problems:
         raise UserError("\n".join(problems))
-    say(f"lm-evaluation-harness: {', '.join(tasks)}")
-    results = simple_evaluate(
-        _as_harness_model(model),
-        tasks=loaded,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
+    return objects
+
+
+def run_task(
+    model: TextModel, objects: list[Any], *, num_fewshot: int | None, limit: int | None, system: str | None
+) -> dict[str, Any]:
+    """What the harness reports of a task, ready for JSON.
+
+    Args:
+        objects: of `load_tasks`.
+        num_fewshot: examples before each question, instead of the task's own number; turns of the chat in a chat.
+        limit: the first questions only.
+        system: the system's message in a chat.
+
+    Raises:
+        UserError: the harness cannot run it on this model.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    try:
+        results = simple_evaluate(
+            _as_harness_model(model),
+            tasks=objects,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=model.chat_template is not None,
+            fewshot_as_multiturn=True,
+            system_instruction=system,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except Exception as error:  # a task's templates and metrics meet its questions only here
+        if any(frame.filename == __file__ for frame in traceback.extract_tb(error.__traceback__)[1:]):
+            raise  # out of TextModel, so no fault of the task
+        names = ", ".join(str(getattr(each, "task_name", None) or each.name) for each in objects)
+        raise UserError(f"{names}: the harness cannot run it: {_first_line(error)}") from error
     return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
@@ -179,6 +231,17 @@ def _as_harness_model(model: TextModel) -> Any:
 
         def generate_until(self, requests):
             return model.generate_until([request.args for request in requests])
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            return model.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+
+        @property
+        def tokenizer_name(self):
+            """By which the harness tells apart the contexts that it keeps."""
+            return fingerprint([model.tokenizer.fingerprint, self.chat_template()])
+
+        def chat_template(self, chat_template=True):
+            return model.chat_template.template if model.chat_template else ""
 
     return LightningJax()
 

@@ -9,15 +9,17 @@ in that text, all a function of the seed. Two scores:
 Source: the test of G. Kamradt (2023), as numbers to be retrieved in RULER (arXiv 2404.06654) section 3.
 """
 
+import functools
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_jax.errors import UserError
-from lightning_jax.evaluation.scoring import Scorer, Span, encode_pair, make_generator, start_ids
+from lightning_jax.evaluation.scoring import Scorer, Span, encode_pair, start_ids
 from lightning_jax.generation import Sampling
 from lightning_jax.input_pipeline import Tokenizer, encode
 
@@ -81,7 +83,7 @@ class Haystack:
         last = np.searchsorted(self.line_starts, len(self.tokens) - length, side="right")
         if not last:
             raise UserError(f"needle: {length:,} tokens are more than the haystack has, which are {len(self.tokens):,}")
-        start = self.line_starts[dice.randrange(last)]
+        start = self.line_starts[dice.randrange(int(last))]
         starts = self.line_starts[(self.line_starts >= start) & (self.line_starts < start + length)]
         return self.tokens[start : start + length], starts - start
 
@@ -97,8 +99,9 @@ def make_trial(
     dice = random.Random(f"{settings.seed}, {length}, {depth:g}, {trial}")
     place = dice.choice(PLACES)
     numbers = dice.sample(range(1_000_000, 10_000_000), settings.distractors + 1)
-    needle = encode(tokenizer, NEEDLE.format(place=place, number=numbers[0]))
-    pairs = [encode_pair(tokenizer, QUESTION.format(place=place), ANSWER.format(number=number)) for number in numbers]
+    encode_text = functools.partial(encode, tokenizer)
+    needle = encode_text(NEEDLE.format(place=place, number=numbers[0]))
+    pairs = [encode_pair(encode_text, QUESTION.format(place=place), ANSWER.format(number=number)) for number in numbers]
     question, candidates = pairs[0][0], [candidate for _, candidate in pairs]
     start = start_ids(tokenizer)
     around = sum(map(len, (start, needle, question, candidates[0])))
@@ -111,28 +114,21 @@ def make_trial(
     return Trial(length, depth, prompt, candidates, str(numbers[0]))
 
 
-def needle_in_a_haystack(
-    scorer: Scorer, texts: Sequence[str], settings: NeedleSettings, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The shares of trials that were answered, for each length and depth.
+def make_trials(texts: Sequence[str], tokenizer: Tokenizer, settings: NeedleSettings) -> dict[int, list[Trial]]:
+    """The trials of each length, those of one depth one after the other.
 
     Args:
         texts: the haystack.
-        say: is told what goes on.
-
-    Returns:
-        `cells`, a mapping for each length and depth: `choice` and `exact_match` as shares of its trials, and
-        `answer_nats`, the mean of the right number's negative log-likelihood.
 
     Raises:
         UserError: a length without room for the question, or longer than the haystack; a line for each.
     """
-    tokenizer = scorer.model.tokenizer
     haystack = Haystack(texts, tokenizer)
-    trials, problems = [], []
+    trials: dict[int, list[Trial]] = {}
+    problems = []
     for length in settings.lengths:
         try:
-            trials += [
+            trials[length] = [
                 make_trial(haystack, tokenizer, settings, length, depth, trial)
                 for depth in settings.depths
                 for trial in range(settings.trials)
@@ -141,31 +137,31 @@ def needle_in_a_haystack(
             problems.append(str(problem))
     if problems:
         raise UserError("\n".join(problems))
-    outcomes = []
-    for length in settings.lengths:
-        asked = [trial for trial in trials if trial.length == length]
-        say(f"needle: {len(asked)} questions of {length:,} tokens")
-        outcomes += zip(_choices(scorer, asked), _exact_matches(scorer, asked), strict=True)
+    return trials
 
+
+def needle_in_a_haystack(scorer: Scorer, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The shares of trials that were answered.
+
+    Returns:
+        `cells`, a mapping for each length and depth: `choice` and `exact_match` as shares of its trials, and
+        `answer_nats`, the mean of the right number's negative log-likelihood.
+    """
+    outcomes = zip(trials, _choices(scorer, trials), _exact_matches(scorer, trials), strict=True)
     cells = []
-    for first in range(0, len(trials), settings.trials):
-        cell = outcomes[first : first + settings.trials]
+    for (length, depth), cell in itertools.groupby(outcomes, lambda outcome: (outcome[0].length, outcome[0].depth)):
+        _, choices, exact = zip(*cell, strict=True)
+        chosen, nats = zip(*choices, strict=True)
         cells.append(
             {
-                "length": trials[first].length,
-                "depth": trials[first].depth,
-                "choice": float(np.mean([chosen for (chosen, _), _ in cell])),
-                "exact_match": float(np.mean([exact for _, exact in cell])),
-                "answer_nats": float(np.mean([nats for (_, nats), _ in cell])),
+                "length": length,
+                "depth": depth,
+                "choice": float(np.mean(chosen)),
+                "exact_match": float(np.mean(exact)),
+                "answer_nats": float(np.mean(nats)),
             }
         )
-    return {
-        "trials": settings.trials,
-        "seed": settings.seed,
-        "distractors": settings.distractors,
-        "chance": 1 / (settings.distractors + 1),
-        "cells": cells,
-    }
+    return {"cells": cells}
 
 
 def _choices(scorer: Scorer, trials: Sequence[Trial]) -> list[tuple[bool, float]]:
@@ -183,7 +179,5 @@ def _choices(scorer: Scorer, trials: Sequence[Trial]) -> list[tuple[bool, float]
 def _exact_matches(scorer: Scorer, trials: Sequence[Trial]) -> list[bool]:
     """Whether the greedy continuation, of as many tokens as the right answer has, is the right answer."""
     samplings = [Sampling(max_new_tokens=len(trial.candidates[0]), temperature=0) for trial in trials]
-    generator = make_generator(scorer, [trial.prompt for trial in trials], samplings)
-    completions = generator.generate([trial.prompt for trial in trials], samplings)
-    generated = {completion.prompt: completion.text.strip() for completion in completions}
-    return [generated[number] == trial.answer for number, trial in enumerate(trials)]
+    generated = scorer.continuations([trial.prompt for trial in trials], samplings)
+    return [text.strip() == trial.answer for text, trial in zip(generated, trials, strict=True)]

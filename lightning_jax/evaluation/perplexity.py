@@ -65,7 +65,7 @@ def perplexity(
     Raises:
         UserError: there is nothing to predict.
     """
-    tokenizer = scorer.model.tokenizer
+    tokenizer = scorer.tokenizer
     encoded = [text.encode("utf-8") for text in texts]
     documents = [
         np.concatenate([start_ids(tokenizer), ids]).astype(np.int32) for ids in tokenizer.encode_batch(encoded)
@@ -85,9 +85,6 @@ def perplexity(
     total_bytes = sum(map(len, encoded))
     return {
         "documents": len(texts),
-        "layout": layout,
-        "context_length": context_length,
-        "stride": stride,
         "bytes": total_bytes,
         "bits_per_byte": float(nats.sum() / math.log(2) / total_bytes),
         **_rates(len(nats), nats.sum()),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.errors import UserError
-from lightning_jax.metrics.page import STYLE, html_table
+from lightning_jax.files import replace_text
+from lightning_jax.metrics.page import html_table, write_page
 from lightning_jax.metrics.plots import COLORS
 
 RESULTS_FILE, PAGE_FILE = "results.json", "evaluation.html"
@@ -45,33 +46,23 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes results.json and evaluation.html.
+    """Writes results.json and evaluation.html, each as a whole.
+
+    Args:
+        results: of `run_parts`.
 
     Raises:
         UserError: they cannot be written there.
     """
+    title = str(results["model"]["name"])
     facts = " · ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["model"].items())
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{escape(str(results["model"]["name"]))}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(str(results["model"]["name"]))}</h1>
-<p class="faint">{escape(facts)}</p>
-{"".join(section.html() for section in _sections(results))}
-</body>
-</html>
-"""
+    sections = "".join(section.html() for section in _sections(results))
+    body = f'<h1>{escape(title)}</h1>\n<p class="faint">{escape(facts)}</p>\n{sections}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2, ensure_ascii=False)
-        (folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-        (folder / PAGE_FILE).write_text(page, encoding="utf-8", errors="replace")
+        replace_text(folder / RESULTS_FILE, text + "\n")
+        write_page(folder / PAGE_FILE, title, body)
     except OSError as error:
         raise UserError(f"--out={folder}: {error.strerror}") from None
 
@@ -81,17 +72,17 @@ def _sections(results: Mapping[str, Any]) -> Iterator[Section]:
         yield from _perplexity(corpora)
     if needle := results.get("needle"):
         yield _needle(needle)
-    if harness := results.get("lm_eval"):
-        yield _harness(harness)
+    if tasks := results.get("lm_eval"):
+        yield _harness(tasks)
 
 
 def _perplexity(corpora: Mapping[str, Any]) -> Iterator[Section]:
     measures = {"nats_per_token": ".4f", "perplexity": ".3f", "bits_per_byte": ".4f", "tokens": ",", "bytes": ","}
-    any_corpus = next(iter(corpora.values()))
-    how = {"documents": "Each document by itself", "windows": "All documents in one sequence"}[any_corpus["layout"]]
+    asked = next(iter(corpora.values()))["asked"]
+    how = {"documents": "Each document by itself", "windows": "All documents in one sequence"}[asked["layout"]]
     yield Section(
         "Perplexity by corpus",
-        f"{how}, in windows of {any_corpus['context_length']:,} tokens that go on by {any_corpus['stride']:,}.",
+        f"{how}, in windows of {asked['context_length']:,} tokens that go on by {asked['stride']:,}.",
         ["corpus", *(name.replace("_", " ") for name in measures)],
         [[name, *(format(corpus[key], shape) for key, shape in measures.items())] for name, corpus in corpora.items()],
     )
@@ -115,17 +106,19 @@ def _perplexity(corpora: Mapping[str, Any]) -> Iterator[Section]:
     )
 
 
-def _needle(needle: Mapping[str, Any]) -> Section:
-    cells = needle["cells"]
+def _needle(lengths: Mapping[str, Any]) -> Section:
+    cells = [cell for length in lengths.values() for cell in length["cells"]]
+    asked = next(iter(lengths.values()))["asked"]
+    candidates = asked["distractors"] + 1
     scores = {
         "exact_match": "the number is generated",
-        "choice": f"the number is the likeliest of {needle['distractors'] + 1}",
+        "choice": f"the number is the likeliest of {candidates}",
     }
     return Section(
         "Needle in a haystack",
-        f"Of {needle['trials']} questions for each length and depth, the share in which greedy generation gives the "
-        f"number (exact match), and in which it is likelier than {needle['distractors']} others (choice; chance: "
-        f"{needle['chance']:.0%}). Depth 0% is the beginning of the text, 100% its end.",
+        f"Of {asked['trials']} questions for each length and depth, the share in which greedy generation gives the "
+        f"number (exact match), and in which it is likelier than {asked['distractors']} others (choice; chance: "
+        f"{1 / candidates:.0%}). Depth 0% is the beginning of the text, 100% its end.",
         ["length", "depth", "exact match", "choice", "nats of the answer"],
         [
             [
@@ -141,16 +134,17 @@ def _needle(needle: Mapping[str, Any]) -> Section:
     )
 
 
-def _harness(harness: Mapping[str, Any]) -> Section:
+def _harness(tasks: Mapping[str, Any]) -> Section:
     rows = []
-    for task, measures in harness["results"].items():
+    for name, measures in (each for task in tasks.values() for each in task["results"].items()):
         for key, value in measures.items():
             metric, comma, filter_name = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 error = measures.get(f"{metric}_stderr,{filter_name}")
                 shown = f"{error:.4f}" if isinstance(error, int | float) else ""
-                rows.append([task, metric, filter_name, f"{value:.4f}", shown])
-    caption = f"As lm-evaluation-harness {harness.get('lm_eval_version', '')} reports them."
+                rows.append([name, metric, filter_name, f"{value:.4f}", shown])
+    version = next(iter(tasks.values())).get("lm_eval_version", "")
+    caption = f"As lm-evaluation-harness {version} reports them."
     return Section("Tasks", caption, ["task", "metric", "filter", "value", "standard error"], rows)
 
 

@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, C chunk, N chunks, D model dim, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,14 +18,18 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightning_jax import parallel
+from lightning_jax.errors import UserError
 from lightning_jax.generation import GenerationSettings, Generator, Sampling
 from lightning_jax.generation.log_probs import map_logits, target_log_probs
 from lightning_jax.generation.sampling import likeliest
-from lightning_jax.input_pipeline import Batch, Tokenizer, encode
+from lightning_jax.input_pipeline import Batch, Tokenizer
 from lightning_jax.input_pipeline.packing import PackedRows, Pieces, best_fit_decreasing
 from lightning_jax.trained_model import TrainedModel, abstract_model
 
 SHORTEST_ROW, ROW_FACTOR = 256, 4  # rows are 256, 1024, 4096, ... tokens long, and as long as the context
+
+
+Encode = Callable[[str], np.ndarray]  # a text's ids, without bos and eos
 
 
 class Span(NamedTuple):
@@ -72,29 +76,33 @@ def start_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([] if first is None else [first], np.int32)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a context and of what continues it, encoded as one text; spaces between them go to the continuation.
 
     That is how lm-eval's harness splits them.
     """
-    stripped = context.rstrip()
-    whole = encode(tokenizer, context + continuation).astype(np.int32)
+    whole = encode(context + continuation).astype(np.int32)
     # A token across the border counts as continuation's, which has one at least.
-    border = min(len(encode(tokenizer, stripped)), max(len(whole) - 1, 0))
+    border = min(len(encode(context.rstrip())), max(len(whole) - 1, 0))
     return whole[:border], whole[border:]
 
 
 class Scorer:
-    """Scores spans with one model, on the mesh and with the shardings on which it lies.
+    """Scores spans and continues prompts with one model, on the mesh and with the shardings on which it lies.
 
     Experts are dispatched without dropping tokens, because which ones are dropped depends on the rest of the batch.
 
     Args:
         batch_tokens: computed at one time; at least one row for each part that the mesh splits a batch into.
+
+    Raises:
+        UserError: the model has no tokenizer.
     """
 
     def __init__(self, model: TrainedModel, *, batch_tokens: int = 16_384):
-        self.model, self.batch_tokens = model, batch_tokens
+        if model.tokenizer is None:
+            raise UserError(f"{model.name}: there is no tokenizer in it, and all that is asked is text")
+        self.model, self.tokenizer, self.batch_tokens = model, model.tokenizer, batch_tokens
         dispatch = "auto" if model.config.expert_dispatch == "capacity" else model.config.expert_dispatch
         config = dataclasses.replace(model.config, expert_dispatch=dispatch, remat="none")
         graphdef, _ = abstract_model(config, model.mesh)
@@ -107,22 +115,36 @@ class Scorer:
     def score(self, spans: Sequence[Span]) -> list[TokenScores]:
         """The scores of each span."""
         lengths = np.array([self._row_length(len(span.ids) - 1) for span in spans])
-        scores: list[TokenScores | None] = [None] * len(spans)
+        scores: dict[int, TokenScores] = {}
         for length in np.unique(lengths):
             members = np.flatnonzero(lengths == length)
-            rows = PackedSpans([spans[member].ids for member in members], int(length))
+            rows = PackedSpans([spans[member].ids for member in members.tolist()], int(length))
             columns = [np.concatenate(column) for column in zip(*self._scored_batches(rows), strict=True)]
-            ends = np.cumsum([len(spans[member].ids) - 1 for member in members[rows.order]])
-            for member, end in zip(members[rows.order], ends, strict=True):
+            end = 0
+            for member in members[rows.order].tolist():
                 span = spans[member]
+                end += len(span.ids) - 1
                 scores[member] = TokenScores(*(column[end - len(span.ids) + span.first : end] for column in columns))
-        return scores
+        return [scores[number] for number in range(len(spans))]
+
+    def continuations(self, prompts: Sequence[np.ndarray], samplings: Sequence[Sampling]) -> list[str]:
+        """What is generated behind each prompt, with room for the longest in slots for the scorer's batch of tokens."""
+        model, shards = self.model, parallel.batch_shards(self.model.mesh)
+        needed = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings, strict=True)]
+        capacity = -(-max(needed) // 256) * 256
+        slots = min(max(self.batch_tokens // capacity, 1), len(prompts))
+        settings = GenerationSettings(slots=-(-slots // shards) * shards, capacity=capacity)
+        generator = Generator(model.config, model.params, settings, mesh=model.mesh, tokenizer=self.tokenizer)
+        completions = generator.generate([prompt.tolist() for prompt in prompts], samplings)
+        texts = {completion.prompt: completion.text or "" for completion in completions}
+        return [texts[number] for number in range(len(prompts))]
 
     def _row_length(self, inputs: int) -> int:
         length = SHORTEST_ROW
         while length < inputs:
             length *= ROW_FACTOR
-        return min(length, max(self.model.context_length or length, inputs))
+        context_length = self.model.context_length or length
+        return context_length if inputs <= context_length < length else length
 
     def _scored_batches(self, rows: "PackedSpans") -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Log-probabilities of the targets of all rows one after the other, and whether they are the likeliest."""
@@ -175,14 +197,3 @@ def target_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tu
         batch["targets"],
         lambda logits, targets: (target_log_probs(logits, targets), likeliest(logits) == targets),
     )
-
-
-def make_generator(scorer: Scorer, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Generator:
-    """A generator with room for the longest prompt and completion, and slots for the scorer's batch of tokens."""
-    model = scorer.model
-    needed = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings, strict=True)]
-    capacity = -(-max(needed) // 256) * 256
-    shards = parallel.batch_shards(model.mesh)
-    slots = min(max(scorer.batch_tokens // capacity, 1), len(prompts))
-    settings = GenerationSettings(slots=-(-slots // shards) * shards, capacity=capacity)
-    return Generator(model.config, model.params, settings, mesh=model.mesh, tokenizer=model.tokenizer)

@@ -50,6 +50,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ):
         given = {"tools": None, "documents": None, **(special_tokens or {}), **(variables or {})}
+        self.template = template
         self._request = {"template": template, "variables": given}
         self._process = subprocess.Popen(
             # -P: this folder's modules must not stand in for the standard library's.

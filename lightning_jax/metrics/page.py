@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lightning_jax.files import replace_text
 from lightning_jax.metrics.console import SmoothedLoss
 from lightning_jax.metrics.formatting import count, duration, size
 from lightning_jax.metrics.plots import plots, validation_corpora, validation_curve
@@ -99,6 +100,13 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
             _config(run),
         ]
     )
+    path = folder / REPORT_FILE
+    write_page(path, title, body)
+    return path
+
+
+def write_page(path: Path, title: str, body: str) -> None:
+    """A page that needs nothing else, of HTML for its body."""
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -113,11 +121,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 </body>
 </html>
 """
-    path = folder / REPORT_FILE
-    replacement = path.with_suffix(".new")
-    replacement.write_text(page, encoding="utf-8", errors="replace")  # a sample may hold half a surrogate pair
-    os.replace(replacement, path)
-    return path
+    replace_text(path, page, errors="replace")  # a sample may hold half a surrogate pair
 
 
 def _state(run: _Run) -> str:

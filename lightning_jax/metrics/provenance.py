@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from lightning_jax.files import replace_text
+
 RUN_FILE = "run.json"
 
 _PACKAGES = ("lightning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -54,11 +56,8 @@ def record_session(
         "versions": {"python": platform.python_version()} | _versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced whole: a kill leaves the old file or the new one.
-    replacement = path.with_suffix(".new")
     text = json.dumps({**facts, "sessions": [*sessions, session]}, indent=2, ensure_ascii=False)
-    replacement.write_text(text + "\n", encoding="utf-8")
-    os.replace(replacement, path)
+    replace_text(path, text + "\n")
 
 
 def _versions() -> dict[str, str]:

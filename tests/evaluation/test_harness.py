@@ -1,20 +1,34 @@
 """The harness's three requests against the plain forward and greedy decoding; and a task of the harness itself."""
 
+import importlib.machinery
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_evaluation import BOS, EOS, greedy_alone, log_probs_alone, scorer
 
 from lightning_jax.errors import UserError
-from lightning_jax.evaluation import TextModel, run_tasks
-from lightning_jax.evaluation.harness import problems_of_tasks
+from lightning_jax.evaluation import TextModel, load_tasks, run_task
+from lightning_jax.evaluation.harness import _as_harness_model, problems_of_tasks
+from lightning_jax.input_pipeline.chat_template import ChatTemplate
 
+PLAIN = {"num_fewshot": None, "limit": None, "system": None}
 GREEDY = {"do_sample": False, "temperature": 0.0}
 
 
-def model(context_length=64):
-    return TextModel(scorer(), context_length)
+TEMPLATE = "<s>{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
+
+
+def model(context_length=64, chat_template=None):
+    return TextModel(scorer(), context_length, chat_template)
+
+
+@pytest.fixture
+def chat_model():
+    with ChatTemplate(TEMPLATE) as template:
+        yield model(chat_template=template)
 
 
 def greedy(text, tokens):
@@ -105,6 +119,44 @@ def test_sampling_is_asked_for_by_a_temperature():
     assert sampling({"max_new_tokens": 7}).max_new_tokens == 7
 
 
+def test_a_chat_is_a_context_whose_special_tokens_are_the_templates_alone(chat_model):
+    messages = [{"role": "user", "content": "a</s>b"}]
+    context = chat_model.render_chat(messages, add_generation_prompt=True)
+    ((value, _),) = chat_model.log_likelihoods([(context, "c</s>")])
+    # No second bos; the space before the answer is the answer's, as the harness splits them.
+    ids = [BOS, *b"[a</s>b]<a> c</s>"]
+    expected, _ = log_probs_alone(ids, ids.index(ord(" ")))
+    assert value == pytest.approx(expected.sum(dtype=np.float64), abs=1e-4)
+    messages.append({"role": "assistant", "content": "It is"})
+    assert chat_model.render_chat(messages[1:], add_generation_prompt=False) == "<s>[It is"
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """What the harness has of our side, without the harness: the class that models inherit from."""
+    modules = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model")}
+    modules["lm_eval"].__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
+    modules["lm_eval.api.model"].LM = type("LM", (), {})
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_harness_s_requests_reach_the_model(harness, chat_model):
+    asked, chat = _as_harness_model(model()), _as_harness_model(chat_model)
+
+    def requests(*arguments):
+        return [SimpleNamespace(args=each) for each in arguments]
+
+    pair = ("alpha", " beta")
+    assert asked.loglikelihood(requests(pair)) == model().log_likelihoods([pair])
+    assert asked.loglikelihood_rolling(requests(("alpha",))) == model().rolling_log_likelihoods(["alpha"])
+    messages = [{"role": "user", "content": "hi"}]
+    assert chat.apply_chat_template(messages) == "<s>[hi]<a> "
+    assert chat.apply_chat_template(messages, add_generation_prompt=False) == "<s>[hi"
+    assert (asked.chat_template(), chat.chat_template(True)) == ("", TEMPLATE)
+    assert asked.tokenizer_name != chat.tokenizer_name
+
+
 QUESTIONS = [
     {"question": "alpha", "choices": ["one", "two", "three"], "gold": 1},
     {"question": "beta", "choices": ["four", "five", "six"], "gold": 0},
@@ -150,8 +202,9 @@ def task_files(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_tasks_of_the_harness_run_from_local_files(task_files):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
-    said = []
-    results = run_tasks(model(), task_files, num_fewshot=None, limit=None, say=said.append)["results"]
+    results = {}
+    for objects in load_tasks(task_files).values():
+        results |= run_task(model(), objects, **PLAIN)["results"]
     right = 0
     for each in QUESTIONS:
         sums = [
@@ -163,7 +216,30 @@ def test_tasks_of_the_harness_run_from_local_files(task_files):
     assert results["toy_generated"]["exact_match,none"] == 0
     nats = -sum(log_probs_alone([BOS, *each["question"].encode()], 1)[0].sum(dtype=np.float64) for each in QUESTIONS)
     assert results["toy_rolling"]["bits_per_byte,none"] == pytest.approx(nats / 9 / np.log(2), rel=1e-5)
-    assert said == [f"lm-evaluation-harness: {', '.join(task_files)}"]
+
+
+@pytest.mark.slow
+def test_the_harness_asks_in_chats(task_files, chat_model, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
+    contexts = []
+    whole = TextModel.log_likelihoods
+    monkeypatch.setattr(TextModel, "log_likelihoods", lambda self, pairs: contexts.extend(pairs) or whole(self, pairs))
+    (objects,) = load_tasks(task_files[:1]).values()
+    run_task(chat_model, objects, num_fewshot=1, limit=None, system="Be brief.")
+    assert contexts[0] == ("<s>[Be brief.][beta][four][alpha]<a> ", "one")
+    assert len(contexts) == 6
+
+
+def test_a_task_that_does_not_fit_its_data_has_its_line(task_files, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
+    path = tmp_path / "choices.yaml"
+    # The harness tries the first question when it loads the task.
+    path.write_text(path.read_text().replace("{{question}}", "{{ 1 // gold }}"))
+    (objects,) = load_tasks([str(path)]).values()
+    with pytest.raises(UserError) as error:
+        run_task(model(), objects, **PLAIN)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("toy_choices: the harness cannot run it: ")
 
 
 def test_a_task_that_the_harness_cannot_load_has_its_line(task_files, tmp_path):
@@ -171,7 +247,7 @@ def test_a_task_that_the_harness_cannot_load_has_its_line(task_files, tmp_path):
     (tmp_path / "broken.yaml").write_text("task: broken\noutput_type: [\n")
     assert problems_of_tasks([*task_files, "missing.yaml"]) == ["missing.yaml: there is no such file"]
     with pytest.raises(UserError) as error:
-        run_tasks(model(), [str(tmp_path / "broken.yaml")], num_fewshot=None, limit=None, say=print)
+        load_tasks([str(tmp_path / "broken.yaml")])
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{tmp_path / 'broken.yaml'}: the harness cannot load it: ")
 

@@ -5,7 +5,7 @@ import pytest
 from tiny_evaluation import BOS, TOKENIZER, greedy_alone, log_probs_alone, scorer
 
 from lightning_jax.errors import UserError
-from lightning_jax.evaluation import NeedleSettings, needle_in_a_haystack
+from lightning_jax.evaluation import NeedleSettings, make_trials, needle_in_a_haystack
 from lightning_jax.evaluation import needle as needles
 from lightning_jax.evaluation.needle import Haystack, Trial, make_trial
 
@@ -53,7 +53,7 @@ def test_trials_are_a_function_of_the_seed():
 def test_a_length_without_room_and_a_haystack_too_small_have_their_lines():
     settings = NeedleSettings((20, 400, 100_000), (50,))
     with pytest.raises(UserError) as error:
-        needle_in_a_haystack(scorer(context_length=1024), TEXTS, settings, lambda line: None)
+        make_trials(TEXTS, TOKENIZER, settings)
     short, long = str(error.value).splitlines()
     assert short.startswith("needle: 20 tokens have no room for needle and question, which take ")
     assert " tokens are more than the haystack has, which are " in long
@@ -101,14 +101,12 @@ def test_cells_are_shares_of_their_trials(monkeypatch):
 
     monkeypatch.setattr(needles, "_choices", choices)
     monkeypatch.setattr(needles, "_exact_matches", lambda scorer, trials: [trial.length == 600 for trial in trials])
-    said = []
-    result = needle_in_a_haystack(scorer(), TEXTS, SETTINGS, said.append)
+    trials = make_trials(TEXTS, TOKENIZER, SETTINGS)
+    result = needle_in_a_haystack(scorer(), [*trials[400], *trials[600]])
     assert len(asked) == 12
-    assert said == ["needle: 6 questions of 400 tokens", "needle: 6 questions of 600 tokens"]
     cells = {(each["length"], each["depth"]): each for each in result["cells"]}
     assert list(cells) == [(length, depth) for length in (400, 600) for depth in (0, 50, 100)]
     for (length, depth), cell in cells.items():
         assert cell["choice"] == (0.5 if depth == 50 else 0)
         assert cell["exact_match"] == (length == 600)
         assert cell["answer_nats"] == depth
-    assert result["chance"] == 0.25

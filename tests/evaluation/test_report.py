@@ -15,10 +15,8 @@ POSITIONS = [
     {"from": 1024, "to": 2047, "tokens": 6, "nats_per_token": 2.0, "perplexity": 7.4},
 ]
 CORPUS = {
+    "asked": {"layout": "documents", "context_length": 64, "stride": 32},
     "documents": 3,
-    "layout": "documents",
-    "context_length": 64,
-    "stride": 32,
     "bytes": 12,
     "bits_per_byte": 7.25,
     "tokens": 1234567,
@@ -34,18 +32,23 @@ CELLS = [
 RESULTS = {
     "model": {"name": "<tiny>", "parameters": 1234},
     "perplexity": {"wiki": CORPUS, "book & co": CORPUS | {"by_position": POSITIONS[:1]}},
-    "needle": {"trials": 4, "seed": 0, "distractors": 7, "chance": 0.125, "cells": CELLS},
+    "needle": {
+        f"{length} tokens": {"asked": {"trials": 4, "distractors": 7}, "cells": cells}
+        for length, cells in ((1000, CELLS[:3]), (4096, CELLS[3:]))
+    },
     "lm_eval": {
-        "lm_eval_version": "0.4.13",
-        "results": {
-            "toy": {
-                "alias": "toy",
-                "acc,none": 0.5,
-                "acc_stderr,none": 0.125,
-                "bits,none": 1.5,
-                "bits_stderr,none": "N/A",
-            }
-        },
+        "toy.yaml": {
+            "lm_eval_version": "0.4.13",
+            "results": {
+                "toy": {
+                    "alias": "toy",
+                    "acc,none": 0.5,
+                    "acc_stderr,none": 0.125,
+                    "bits,none": 1.5,
+                    "bits_stderr,none": "N/A",
+                }
+            },
+        }
     },
 }
 

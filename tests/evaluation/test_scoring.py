@@ -1,6 +1,7 @@
 """Scores of packed spans are those of each span alone, on one device and on a mesh; windows score each token once."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tiny_evaluation import CONFIG, TOKENIZER, greedy_alone, log_probs_alone, sc
 
 from lightning_jax.evaluation import Scorer, Span, windows
 from lightning_jax.evaluation.scoring import PackedSpans, encode_pair
+from lightning_jax.input_pipeline import encode
 
 
 def spans(seed=0):
@@ -63,7 +65,8 @@ def test_few_row_lengths_serve_all_spans():
     lengths = {scorer(context_length=3000)._row_length(inputs) for inputs in range(1, 3001)}
     assert lengths == {256, 1024, 3000}
     assert scorer(context_length=64)._row_length(10) == 64
-    assert scorer(context_length=64)._row_length(65) == 65
+    # Beyond the model's own context too: each length is compiled.
+    assert {scorer(context_length=64)._row_length(inputs) for inputs in range(65, 2000)} == {256, 1024, 4096}
 
 
 @pytest.mark.parametrize("stride", [1, 3, 10])
@@ -84,6 +87,6 @@ def test_windows_score_each_token_once_in_order(size, stride):
     [("ab", " cd", 2), ("ab ", "cd", 2), ("ab \n", "cd", 2), ("", "cd", 0), ("  ", "cd", 0)],
 )
 def test_spaces_between_context_and_continuation_go_to_the_continuation(context, continuation, border):
-    before, scored = encode_pair(TOKENIZER, context, continuation)
+    before, scored = encode_pair(functools.partial(encode, TOKENIZER), context, continuation)
     whole = list((context + continuation).encode())
     assert [before.tolist(), scored.tolist()] == [whole[:border], whole[border:]]
