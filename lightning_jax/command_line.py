@@ -24,8 +24,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        known, rest = self.parse_known_args(args, namespace)
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The options; ends the process where there are mistakes."""
+        known, rest = self.parse_known_args(arguments)
         if rest:
             self.error("\n".join(_unknown(self, rest)))
         return known

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     group("--limit", type=int, help="the first questions of each task only")
     group("--chat", action="store_true", help="questions are what a user says, in the model's chat template")
     group("--system", metavar="TEXT", help="with --chat: the system's message")
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--mesh", default="", metavar="AXIS=DEVICES,...", help="data, fsdp, expert, tensor; one may be -1")
     add("--out", type=pathlib.Path, metavar="FILE.jsonl", help="write completions there")
     add("--log_probs", action="store_true", help="with --out: token ids and their log-probabilities too")
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def read_prompts(options: argparse.Namespace) -> list[Prompt]:
@@ -75,7 +75,7 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines knows line ends that JSON does not
     if not lines:
         raise UserError(f"{place}: it holds no prompt")
-    return lines if options.prompts is None else _parse_prompts(lines, place, chat=options.chat)
+    return list(lines) if options.prompts is None else _parse_prompts(lines, place, chat=options.chat)
 
 
 def _parse_prompts(lines: Sequence[str], place: str, *, chat: bool) -> list[Prompt]:

@@ -77,8 +77,7 @@ def load_model(
         UserError: there is no model, it is damaged, or it does not divide over the mesh; a line for every reason.
     """
     folder = open_model_folder(Path(path))
-    is_run = isinstance(folder, RunFolder)
-    config = folder.config() if is_run else folder.config
+    config = folder.config() if isinstance(folder, RunFolder) else folder.config
     config = dataclasses.replace(config, compute_dtype=compute_dtype or config.compute_dtype)
     texts = read_texts(folder, config.vocab_size)
     try:
@@ -87,7 +86,7 @@ def load_model(
     except (parallel.MeshError, parallel.ShardingError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
     step = None
-    if is_run:
+    if isinstance(folder, RunFolder):
         restored = restore_newest(folder.path / CHECKPOINTS, {"params": abstract}, say=say, partial=True)
         if restored is None:
             raise ModelFolderError(f"{path}: there is no whole checkpoint in it")

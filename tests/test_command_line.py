@@ -26,7 +26,7 @@ def parser():
 )
 def test_each_mistake_in_the_arguments_is_a_line(capsys, arguments, lines):
     with pytest.raises(SystemExit) as ended:
-        parser().parse_args(arguments)
+        parser().parse(arguments)
     assert ended.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""

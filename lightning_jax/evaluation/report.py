@@ -157,16 +157,16 @@ def _heat_maps(maps: Mapping[str, Mapping[tuple[int, float], float]]) -> str:
     for index, (title, cells) in enumerate(maps.items()):
         left = 60 + index * panel
         marks.append(_text(left, 14, title))
-        for (length, depth), value in cells.items():
+        for (length, depth), share in cells.items():
             x, y = left + lengths.index(length) * width, 26 + depths.index(depth) * height
-            place = f"{length:,} tokens, depth {depth:g}%: {value:.0%}"
+            place = f"{length:,} tokens, depth {depth:g}%: {share:.0%}"
             marks.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" rx="2" '
-                f'fill="{_heat(value)}"><title>{place}</title></rect>'
+                f'fill="{_heat(share)}"><title>{place}</title></rect>'
             )
         bottom = 26 + len(depths) * height
-        for column, length in enumerate(lengths):
-            marks.append(_text(left + (column + 0.5) * width, bottom + 14, _tokens(length), "middle"))
+        for column, tokens in enumerate(lengths):
+            marks.append(_text(left + (column + 0.5) * width, bottom + 14, _tokens(tokens), "middle"))
         marks.append(_text(left + len(lengths) * width / 2, bottom + 30, "tokens", "middle"))
         marks += [_text(left - 6, 26 + (row + 0.65) * height, f"{d:g}%", "end") for row, d in enumerate(depths)]
     size = 60 + len(maps) * panel, 26 + len(depths) * height + 40

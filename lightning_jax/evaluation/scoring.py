@@ -22,7 +22,7 @@ from lightning_jax.errors import UserError
 from lightning_jax.generation import GenerationSettings, Generator, Sampling
 from lightning_jax.generation.log_probs import map_logits, target_log_probs
 from lightning_jax.generation.sampling import likeliest
-from lightning_jax.input_pipeline import Batch, Tokenizer
+from lightning_jax.input_pipeline import Tokenizer
 from lightning_jax.input_pipeline.packing import PackedRows, Pieces, best_fit_decreasing
 from lightning_jax.trained_model import TrainedModel, abstract_model
 
@@ -187,7 +187,9 @@ class PackedSpans(PackedRows):
         return Pieces(self._row_end[rows] - first, start, size - 1, start + size)
 
 
-def target_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def target_scores(
+    graphdef: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """The log-probability [B, T] of every target, at least fp32, in nats, and whether it is the likeliest token."""
     model = nnx.merge(graphdef, params)
     hidden_BTD, _ = model(batch["inputs"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])

@@ -53,7 +53,7 @@ class GrowingCompletion:
         return goes_on
 
     def finish(self, reason: FinishReason) -> Completion:
-        text = self.stream and self.stream.finish()
+        text = self.stream.finish() if self.stream else None
         if self.stream and self.stream.stopped:
             reason = "stop"
         self._show()

@@ -49,9 +49,8 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         variables: Mapping[str, Any] | None = None,
     ):
-        given = {"tools": None, "documents": None, **(special_tokens or {}), **(variables or {})}
         self.template = template
-        self._request = {"template": template, "variables": given}
+        self._variables = {"tools": None, "documents": None, **(special_tokens or {}), **(variables or {})}
         self._process = subprocess.Popen(
             # -P: this folder's modules must not stand in for the standard library's.
             [sys.executable, "-P", str(PROCESS)],
@@ -80,17 +79,20 @@ class ChatTemplate:
             ChatTemplateError: one line that says what the template did and, where known, in which line. No more can
                 be rendered where it did not end.
         """
-        variables = {**self._request["variables"], "add_generation_prompt": add_generation_prompt}
+        variables = {**self._variables, "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             # The space tells whether the template cuts spaces off.
             chats = [[*chat, {**last, "content": f"{last['content']}{CONTINUED} "}] for *chat, last in chats]
-        answer = self._answer({**self._request, "variables": variables, "chats": chats}, len(chats))
+        answer = self._answer({"template": self.template, "variables": variables, "chats": chats}, len(chats))
         if "error" in answer:
             raise ChatTemplateError(f"chat template: {answer['error']}")
         return [_until_continued(text) for text in answer["texts"]] if continue_final_message else answer["texts"]
 
     def _answer(self, request: Mapping[str, Any], num_chats: int) -> dict[str, Any]:
         process, limit = self._process, SECONDS + SECONDS_PER_CHAT * num_chats
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         ended = threading.Event()
 
         def end() -> None:
