@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -158,6 +159,38 @@ def test_a_model_must_have_a_tokenizer_and_a_context_length(tiny_model, corpora,
     tiny_model.tokenizer = TOKENIZER
 
 
+TWO_PROCESSES = """
+import sys
+import jax
+from lightning_jax import evaluate
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+code = evaluate.main(sys.argv[3:])
+jax.distributed.shutdown()
+sys.exit(code)
+"""
+
+
+def in_two_processes(arguments, environment):
+    """What the command says on standard output and standard error, in each of two processes with two devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(index), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
+
+
 @pytest.mark.slow
 def test_a_run_of_ours_is_evaluated(tmp_path):
     tiny_run.write_corpus(tmp_path)
@@ -172,7 +205,14 @@ def test_a_run_of_ours_is_evaluated(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     corpus = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]["text"]
-    assert corpus["context_length"] == 64
+    assert corpus["asked"]["context_length"] == 64
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     # The same texts, in other windows.
     assert corpus["nats_per_token"] == pytest.approx(last["validation_loss"]["text"], rel=0.2)
+
+    arguments = [*command[3:-1], f"--out={tmp_path / 'together'}", "--mesh=data=2,fsdp=2"]
+    for output, error in in_two_processes(arguments, environment):
+        assert "rejected" not in error
+        assert ("Perplexity by corpus" in output) == ("written: " in error)  # the first one speaks
+    together = json.loads((tmp_path / "together" / "results.json").read_text())["perplexity"]["text"]
+    assert together["nats_per_token"] == pytest.approx(corpus["nats_per_token"], rel=1e-5)
