@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.chunk import MATRIX, Chunk, across_columns, decays_within, matmuls, tiles, transpose
-from pallas_kernels.gpu.plans import BLOCK, CHUNK, SHARED_MEMORY, Plan
+from pallas_kernels.gpu.plans import CHUNK, SHARED_MEMORY, WARPGROUPS, Plan
 from pallas_kernels.varying import shape_like
 
 # Axes of the grid, and of the warpgroups in a thread block; meshes around the kernel have other names.
@@ -47,17 +47,20 @@ def sweep(
     """
     batch, _, heads, key_dim = k_BTHK.shape
     value_dim = v_BTHV.shape[-1]
-    key_columns, value_columns = _whole_blocks(key_dim), _whole_blocks(value_dim)
-    columns = plan.warpgroups * BLOCK
+    # The copy engine fills what lies beyond a head's last column with zeros, and drops it when it stores.
+    key_columns, value_columns = (pl.cdiv(dim, CHUNK) * CHUNK for dim in (key_dim, value_dim))
+    columns = WARPGROUPS * plan.columns
     state_shape = (batch, plan.pieces, heads, key_columns, value_columns)
     if entering_BPHKV is not None:
         padding = [(0, whole - dim) for whole, dim in zip(state_shape, entering_BPHKV.shape, strict=True)]
         entering_BPHKV = jnp.pad(entering_BPHKV, padding)
     outputs = q_BTHK is not None
     # Tiles as wide as a block of columns have the fewest bank conflicts, but must not straddle two heads.
-    matrices = partial(tiles, width=math.gcd(BLOCK, key_dim, value_dim))
+    matrices = partial(tiles, width=math.gcd(plan.columns, key_dim, value_dim))
     stage_bytes = 2 * CHUNK * ((1 + outputs) * key_columns + columns) + 8 * CHUNK
-    kept_bytes = 2 * columns * ((1 + outputs) * CHUNK + outputs * key_columns)
+    kept_bytes = 2 * CHUNK * columns
+    if outputs:
+        kept_bytes += 2 * (columns * (CHUNK + key_columns) + WARPGROUPS * CHUNK * CHUNK)
     stages = min(MOST_STAGES, (SHARED_MEMORY - kept_bytes) // stage_bytes)
     o_BTHV, leaving_BPHKV = plgpu.kernel(
         partial(_kernel, plan=plan, heads=heads, stages=stages, reverse=reverse),
@@ -67,28 +70,24 @@ def sweep(
         ),
         grid=(batch * heads, plan.pieces, value_columns // columns),
         grid_names=(HEAD, PIECE, COLUMNS),
-        num_threads=plan.warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name=WARPGROUP,
         scratch_types={
             "q": matrices(stages, CHUNK, key_columns) if outputs else None,
             "k": matrices(stages, CHUNK, key_columns),
             "v": matrices(stages, CHUNK, columns),
             "borders": None if borders_B2S is None else plgpu.SMEM((stages, 2, CHUNK), jnp.int32),
-            "scores_then_o": matrices(plan.warpgroups, CHUNK, BLOCK) if outputs else None,
-            "decayed_v": matrices(plan.warpgroups, CHUNK, BLOCK),
-            "state": matrices(plan.warpgroups, key_columns, BLOCK) if outputs else None,
+            "scores": matrices(WARPGROUPS, CHUNK, CHUNK) if outputs else None,
+            "o": matrices(WARPGROUPS, CHUNK, plan.columns) if outputs else None,
+            "decayed_v": matrices(WARPGROUPS, CHUNK, plan.columns),
+            "state": matrices(WARPGROUPS, key_columns, plan.columns) if outputs else None,
             "loaded": plgpu.Barrier(num_arrivals=2 + outputs + (borders_B2S is not None), num_barriers=stages),
-            "used": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=stages),
+            "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="lightning_attention_sweep" if outputs else "lightning_attention_states",
     )(q_BTHK, k_BTHK, v_BTHV, log_decay_H, borders_B2S, entering_BPHKV)
     return o_BTHV, leaving_BPHKV[..., :key_dim, :value_dim]
-
-
-def _whole_blocks(columns: int) -> int:
-    # The copy engine fills what lies beyond the last column with zeros, and drops it when it stores.
-    return pl.cdiv(columns, BLOCK) * BLOCK
 
 
 def _kernel(
@@ -105,7 +104,8 @@ def _kernel(
     k,
     v,
     borders,
-    scores_then_o,
+    scores,
+    o,
     decayed_v,
     state,
     loaded,
@@ -119,7 +119,7 @@ def _kernel(
     b, h = lax.div(lax.axis_index(HEAD), heads), lax.rem(lax.axis_index(HEAD), heads)
     piece = lax.axis_index(PIECE)
     warpgroup = lax.axis_index(WARPGROUP)
-    first_column = lax.axis_index(COLUMNS) * plan.warpgroups * BLOCK
+    first_column = lax.axis_index(COLUMNS) * WARPGROUPS * plan.columns
     chunks = pl.cdiv(plan.length, CHUNK)
     chunks_of_piece = pl.cdiv(chunks, plan.pieces)
     first_chunk = piece * chunks_of_piece
@@ -128,10 +128,9 @@ def _kernel(
     def start(step):
         return (first_chunk + (steps - 1 - step if reverse else step)) * CHUNK
 
-    @pl.when(warpgroup == plan.warpgroups)
+    @pl.when(warpgroup == WARPGROUPS)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
+        plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
 
         def load(step, _):
             stage, tokens = lax.rem(step, stages), pl.ds(start(step), CHUNK)
@@ -155,21 +154,20 @@ def _kernel(
         def _(step):
             plgpu.barrier_wait(used.at[lax.rem(step, stages)])
 
-    @pl.when(warpgroup < plan.warpgroups)
+    @pl.when(warpgroup < WARPGROUPS)
     def _():
-        if plan.warpgroups > 1:
-            plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
+        plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
         log_decay = log_decay_H[h]
         decays_CC = decays_within(log_decay, reverse=reverse)
-        columns = pl.ds(first_column + warpgroup * BLOCK, BLOCK)
+        columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)
 
         def advance(step, state_KW):
             stage = lax.rem(step, stages)
             plgpu.barrier_wait(loaded.at[stage])
             borders_2C = None if borders is None else borders.at[stage]
             chunk = Chunk(log_decay, start(step), plan.length, borders_2C, reverse=reverse)
-            v_CW = v.at[stage, :, pl.ds(warpgroup * BLOCK, BLOCK)]
-            leaving_CW = across_columns(chunk.leaving(), BLOCK)
+            v_CW = v.at[stage, :, pl.ds(warpgroup * plan.columns, plan.columns)]
+            leaving_CW = across_columns(chunk.leaving(), plan.columns)
             decayed_v[warpgroup] = (plgpu.load(v_CW, layout=MATRIX) * leaving_CW).astype(jnp.bfloat16)
             to_state = transpose(k.at[stage]), decayed_v.at[warpgroup]
             if q is None:
@@ -179,24 +177,22 @@ def _kernel(
                 plgpu.barrier_arrive(used.at[stage])
                 return state_KW
             (scores_CC,) = matmuls((q.at[stage], transpose(k.at[stage])))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            scores_then_o[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
+            scores[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            from_chunk_CW, from_state_CW = matmuls(
-                (scores_then_o.at[warpgroup], v_CW), (q.at[stage], state.at[warpgroup])
-            )
-            o_CW = from_chunk_CW + across_columns(chunk.entering(), BLOCK) * from_state_CW
-            scores_then_o[warpgroup] = o_CW.astype(jnp.bfloat16)
+            from_chunk_CW, from_state_CW = matmuls((scores.at[warpgroup], v_CW), (q.at[stage], state.at[warpgroup]))
+            o_CW = from_chunk_CW + across_columns(chunk.entering(), plan.columns) * from_state_CW
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o[warpgroup] = o_CW.astype(jnp.bfloat16)
             (added_KW,) = matmuls(to_state)
             state_KW = chunk.across() * state_KW + added_KW
             plgpu.barrier_arrive(used.at[stage])
             state[warpgroup] = state_KW.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(scores_then_o.at[warpgroup], o_BTHV.at[b, pl.ds(start(step), CHUNK), h, columns])
+            plgpu.copy_smem_to_gmem(o.at[warpgroup], o_BTHV.at[b, pl.ds(start(step), CHUNK), h, columns])
             return state_KW
 
         if entering_BPHKV is None:
-            state_KW = plgpu.layout_cast(jnp.zeros((k.shape[-1], BLOCK), jnp.float32), MATRIX)
+            state_KW = plgpu.layout_cast(jnp.zeros((k.shape[-1], plan.columns), jnp.float32), MATRIX)
         else:
             state_KW = plgpu.load(entering_BPHKV.at[b, piece, h, :, columns], layout=MATRIX, optimized=False)
         if q is not None:

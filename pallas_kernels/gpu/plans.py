@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64  # tokens of a chunk: the rows of one matmul instruction
+WARPGROUPS = 2  # of a thread block that compute, so that one uses the matmul unit while the other does not
 TILE_ROWS = 8  # tokens that the copy engine moves as one
-BLOCK = 64  # columns of V that one warpgroup computes: bf16 in the 128 bytes of a swizzled row
 HEAD_DIMS = (64, 96, 128, 256)
 MULTIPROCESSORS = 132  # of an H100 SXM, H200 or GH200
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block may have
@@ -19,10 +19,10 @@ OLDEST_JAX = (0, 11)
 
 
 class Plan(NamedTuple):
-    """How the heads of all rows become thread blocks: B * H * blocks of columns * pieces of the sequence."""
+    """How the heads of all rows become thread blocks: B * H * P times the blocks of V's columns."""
 
     length: int  # T
-    warpgroups: int  # that compute in one thread block, each with BLOCK columns of V
+    columns: int  # of V that one warpgroup computes: 32 or 64, as wide as a tile in shared memory
     pieces: int  # of the sequence, swept at the same time
 
 
@@ -46,18 +46,17 @@ def obstacle_of_inputs(key_dim: int, value_dim: int, dtype: jnp.dtype) -> str | 
 
 
 def choose_plan(batch: int, length: int, heads: int, head_dim: int) -> Plan:
-    """Of the plans that leave no multiprocessor idle, the one that reads the least.
+    """Of the plans that leave few multiprocessors idle, the one that reads the least.
 
     All columns of V in one thread block read q and k once; each further block of the same head reads them again, mostly
     from the L2 cache. Pieces of the sequence read k and v twice, once for the states that enter them.
     """
     rows = batch * heads
-    column_blocks = -(-head_dim // BLOCK)
-    # Four warpgroups of a head with 256 dims would exceed shared memory.
-    warpgroups = column_blocks if column_blocks <= 2 and rows >= MULTIPROCESSORS else 1
-    blocks = rows * column_blocks // warpgroups
+    # A head of 64 dims has no more columns, one of 256 would need more registers and shared memory.
+    columns = 64 if head_dim in (96, 128) and rows >= MULTIPROCESSORS else 32
+    blocks = rows * -(-head_dim // (WARPGROUPS * columns))
     chunks = -(-length // CHUNK)
     # A piece shorter than 8 chunks would spend its time on loading and storing states.
     pieces = max(1, min(MULTIPROCESSORS // blocks, chunks // 8))
     chunks_of_piece = -(-chunks // pieces)
-    return Plan(length, warpgroups, -(-chunks // chunks_of_piece))
+    return Plan(length, columns, -(-chunks // chunks_of_piece))
