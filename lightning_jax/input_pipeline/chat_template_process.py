@@ -1,10 +1,11 @@
-"""The process in which a chat template runs: a request on standard input, texts or an error on standard output.
+"""The process in which a chat template runs: a line of JSON for each request on standard input, and for its answer.
 
 It imports nothing but jinja2 and the standard library: it starts quickly, and there is little in it to reach for.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import resource
 import sys
@@ -37,13 +38,17 @@ def environment() -> ImmutableSandboxedEnvironment:
     return jinja
 
 
+@functools.cache
+def compiled(template: str) -> jinja2.Template:
+    return environment().from_string(template)
+
+
 def render(template: str, chats: list[list[dict[str, Any]]], variables: dict[str, Any]) -> list[str]:
     """The text of each chat. Raises ValueError where one becomes too long, and whatever the template raises."""
-    compiled = environment().from_string(template)
     texts = []
     for chat in chats:
         pieces, length = [], 0
-        for piece in compiled.generate(messages=chat, **variables):
+        for piece in compiled(template).generate(messages=chat, **variables):
             pieces.append(piece)
             length += len(piece)
             if length > LONGEST_TEXT:
@@ -66,15 +71,15 @@ def describe(error: Exception) -> str:
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
     # Not every system limits the address space; there the limit of time must do.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    try:
-        answer = {"texts": render(**request)}
-    except Exception as error:  # whatever a program from anywhere may raise
-        answer = {"error": describe(error)}
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin:
+        try:
+            answer = {"texts": render(**json.loads(line))}
+        except Exception as error:  # whatever a program from anywhere may raise
+            answer = {"error": describe(error)}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
