@@ -198,14 +198,18 @@ def blend(*parts: tuple[float, Mapping[str, float]]) -> dict[str, float]:
     return mixture
 
 
+def corpus(
+    format: str, path: str, *, field: str = "", content: str = "text", turns: str = "all", split: str = ""
+) -> dict[str, str]:
+    """A corpus; its `content` is "text", "conversations" or "preferences"."""
+    return {"format": format, "path": path, "split": split, "field": field, "content": content, "turns": turns}
+
+
 def files_on_disk(folder: str, corpora: Iterable[str], *, vocab_size: int, bos: str, eos: str) -> ConfigDict:
     """Corpora in folders of `folder`: JSON lines, compressed, with the text in "text"; and a tokenizer.json there."""
     return ConfigDict(
         {
-            "corpora": {
-                name: {"format": "jsonl", "path": f"{folder}/{name}/*.jsonl.zst", "split": "", "field": "text"}
-                for name in corpora
-            },
+            "corpora": {name: corpus("jsonl", f"{folder}/{name}/*.jsonl.zst", field="text") for name in corpora},
             "tokenizer": {
                 "kind": "file",
                 "path": f"{folder}/tokenizer.json",
@@ -217,6 +221,7 @@ def files_on_disk(folder: str, corpora: Iterable[str], *, vocab_size: int, bos: 
             "validation_fraction": 0.0005,
             "on_bad_record": "skip",
             "max_document_bytes": 64 * 2**20,
+            "chat_template": "",
         }
     )
 
@@ -225,9 +230,7 @@ def embedded() -> ConfigDict:
     """The corpora every Python installation carries, "text" and "code", and a tokenizer trained at first use."""
     return ConfigDict(
         {
-            "corpora": {
-                name: {"format": "embedded", "path": name, "split": "", "field": ""} for name in EMBEDDED_MIXTURE
-            },
+            "corpora": {name: corpus("embedded", name) for name in EMBEDDED_MIXTURE},
             "tokenizer": {
                 "kind": "train",
                 "path": "",
@@ -239,6 +242,7 @@ def embedded() -> ConfigDict:
             "validation_fraction": 0.05,
             "on_bad_record": "skip",
             "max_document_bytes": 2**20,
+            "chat_template": "",
         }
     )
 

@@ -11,14 +11,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_jax.errors import UserError
-from lightning_jax.input_pipeline.tokenizers import Tokenizer
+from lightning_jax.input_pipeline.tokenizers import Tokenizer, encode
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and whatever else the template reads
 
@@ -26,6 +26,7 @@ PROCESS = Path(__file__).with_name("chat_template_process.py")
 SECONDS, SECONDS_PER_CHAT = 10.0, 0.05
 # Around what a message says that looks like a special token: characters for private use, which no text needs.
 TEXT, END_OF_TEXT = "\ue0f0", "\ue0f1"
+GENERATED, END_OF_GENERATED = "\ue0f2", "\ue0f3"  # around what the assistant said
 
 
 class ChatTemplateError(UserError):
@@ -51,15 +52,39 @@ def render_chats(
     Raises:
         ChatTemplateError: one line that says what the template did and, where known, in which line.
     """
-    given = {"tools": None, "documents": None, **(special_tokens or {}), **(variables or {})}
-    given["add_generation_prompt"] = add_generation_prompt
-    request = json.dumps({"template": template, "chats": chats, "variables": given})
+    given = {**(special_tokens or {}), **(variables or {}), "add_generation_prompt": add_generation_prompt}
+    texts, problems = run_template(template, chats, [given] * len(chats))
+    if problem := next(filter(None, problems), None):
+        raise ChatTemplateError(f"chat template: {problem}")
+    return texts
+
+
+def run_template(
+    template: str,
+    chats: Sequence[Sequence[Message]],
+    variables: Sequence[Mapping[str, Any]],
+    generation_marks: tuple[str, str] = ("", ""),
+) -> tuple[list[str], list[str | None]]:
+    """The text of each chat with its own variables, and what is wrong with each, None for nothing.
+
+    Args:
+        generation_marks: put before and behind what `{% generation %}` and `{% endgeneration %}` enclose.
+
+    Raises:
+        ChatTemplateError: the process came to no end, or to a bad one.
+    """
+    request = {
+        "template": template,
+        "chats": chats,
+        "variables": [{"tools": None, "documents": None, **each} for each in variables],
+        "generation_marks": generation_marks,
+    }
     limit = SECONDS + SECONDS_PER_CHAT * len(chats)
     try:
         done = subprocess.run(
             # -P: this folder's modules must not stand in for the standard library's.
             [sys.executable, "-P", str(PROCESS)],
-            input=request.encode(),
+            input=json.dumps(request).encode(),
             capture_output=True,
             timeout=limit,
         )
@@ -69,9 +94,7 @@ def render_chats(
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ChatTemplateError(f"chat template: its process ended: {last[0]}")
     answer = json.loads(done.stdout)
-    if "error" in answer:
-        raise ChatTemplateError(f"chat template: {answer['error']}")
-    return answer["texts"]
+    return answer["texts"], answer["problems"]
 
 
 def encode_chats(
@@ -85,29 +108,53 @@ def encode_chats(
     Raises:
         ChatTemplateError: as `render_chats`.
     """
-    special = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
-
-    def marked(value: Any) -> Any:
-        match value:
-            case str():
-                value = re.sub(f"[{TEXT}{END_OF_TEXT}]", "", value)
-                return re.sub(special, rf"{TEXT}\g<0>{END_OF_TEXT}", value)
-            case Mapping():
-                return {key: marked(item) for key, item in value.items()}
-            case list() | tuple():
-                return [marked(item) for item in value]
-        return value
-
-    def encode(text: str) -> np.ndarray:
-        # Odd pieces are text; a template may have taken a lone mark along, which then means nothing.
-        pieces = re.split(f"{TEXT}({special}){END_OF_TEXT}|[{TEXT}{END_OF_TEXT}]", text)
-        return np.concatenate(
-            [
-                tokenizer.encode_batch([piece.encode()])[0] if number % 2 else tokenizer.encode_special(piece)
-                for number, piece in enumerate(pieces)
-                if piece
-            ]
-            or [np.zeros(0, np.uint32)]
+    texts = render_chats(template, mark_text(tokenizer, chats), **options)
+    return [
+        np.concatenate(
+            [_encode_piece(tokenizer, piece) for piece in pieces(tokenizer, text)] or [np.zeros(0, np.uint32)]
         )
+        for text in texts
+    ]
 
-    return [encode(text) for text in render_chats(template, marked(chats), **options)]
+
+class Piece(NamedTuple):
+    """A part of a rendered chat: the template's, or a message's that looks like a special token but is text."""
+
+    text: str
+    start: int  # its first character in the rendered text
+    is_text: bool
+
+
+def mark_text(tokenizer: Tokenizer, value: Any) -> Any:
+    """Messages in which all that looks like a special token stands between marks."""
+    match value:
+        case str():
+            value = re.sub(f"[{TEXT}{END_OF_TEXT}{GENERATED}{END_OF_GENERATED}]", "", value)
+            return re.sub(_special(tokenizer), rf"{TEXT}\g<0>{END_OF_TEXT}", value)
+        case Mapping():
+            return {key: mark_text(tokenizer, item) for key, item in value.items()}
+        case list() | tuple():
+            return [mark_text(tokenizer, item) for item in value]
+    return value
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> Iterator[Piece]:
+    """The parts of a text rendered from `mark_text`; a template may have taken a lone mark along, which is dropped."""
+    end = 0
+    for mark in re.finditer(f"{TEXT}({_special(tokenizer)}){END_OF_TEXT}|[{TEXT}{END_OF_TEXT}]", text):
+        if mark.start() > end:
+            yield Piece(text[end : mark.start()], end, False)
+        if mark[1]:
+            yield Piece(mark[1], mark.start(1), True)
+        end = mark.end()
+    if end < len(text):
+        yield Piece(text[end:], end, False)
+
+
+def _special(tokenizer: Tokenizer) -> str:
+    """A pattern of the tokenizer's special tokens; one of nothing where there are none."""
+    return "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
+
+
+def _encode_piece(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
+    return encode(tokenizer, piece.text) if piece.is_text else tokenizer.encode_special(piece.text)
