@@ -169,6 +169,7 @@ class BestFitRows(PackedRows):
     """
 
     window = 2**18
+    _targets_behind = 1  # a piece's last input has a target, the token behind it
 
     def __init__(self, store: Documents, context_length: int):
         super().__init__(store, context_length)
@@ -192,7 +193,7 @@ class BestFitRows(PackedRows):
         per_row = self._row_end[rows] - first
         piece = np.repeat(first, per_row) + _counting(per_row)
         start, length = self._start[piece], self._length[piece].astype(np.int64)
-        return Pieces(per_row, start, length, start + length + 1)
+        return Pieces(per_row, start, length, start + length + self._targets_behind)
 
     def _layout(self) -> tuple[str | int, ...]:
         """Of the index: its name, and what tells it from another one."""
@@ -204,6 +205,8 @@ class BestFitRows(PackedRows):
 
 class _Examples:
     """Of the two layouts of examples: what of a document is in a row.
+
+    Its last token is an input too, with no target, for that is where a reward model reads its score.
 
     Args:
       documents_per_example: 1 for chats, 2 for pairs.
@@ -218,11 +221,13 @@ class _Examples:
         super().__init__(store, context_length)
 
     def _inputs(self, offsets: np.ndarray) -> np.ndarray:
-        return np.minimum(np.diff(offsets) - 1, self.context_length // self.documents_per_example)
+        return np.minimum(np.diff(offsets), self.context_length // self.documents_per_example)
 
 
 class BestFitExamples(_Examples, BestFitRows):
     """Examples packed by the length that all their documents have together, in windows as those of BestFitRows."""
+
+    _targets_behind = 0
 
     def _layout(self) -> tuple[str | int, ...]:
         return "best_fit_examples", 1, self.documents_per_example
@@ -249,8 +254,9 @@ class OneExamplePerRow(_Examples, PackedRows):
     def pieces(self, rows: np.ndarray) -> Pieces:
         document = (rows[:, None] * self.documents_per_example + np.arange(self.documents_per_example)).ravel()
         start = self._offsets[document]
-        length = np.minimum(self._offsets[document + 1] - start - 1, self.context_length // self.documents_per_example)
-        return Pieces(np.full(len(rows), self.documents_per_example), start, length, start + length + 1)
+        share = self.context_length // self.documents_per_example
+        length = np.minimum(self._offsets[document + 1] - start, share)
+        return Pieces(np.full(len(rows), self.documents_per_example), start, length, start + length)
 
 
 def pack(

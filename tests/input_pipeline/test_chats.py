@@ -174,12 +174,12 @@ def test_every_example_is_whole_in_one_row_cut_at_its_share(tmp_path, packing, p
     assert sorted(document) == list(range(60))
     for row, column, number in zip(where, segment, document, strict=True):
         begin, end = store.offsets[number : number + 2]
-        length = min(end - begin - 1, T // per_example)
+        length = min(end - begin, T // per_example)  # its last token has no target
         place = batch["segment_ids"][row] == column + 1
         assert batch["inputs"][row][place].tolist() == store.tokens[begin : begin + length].tolist()
-        trained = store.trained[begin + 1 : begin + 1 + length]
+        trained = np.append(store.trained[begin + 1 : begin + length], False)
         assert batch["loss_mask"][row][place].tolist() == trained.tolist()
-        targets = np.where(trained, store.tokens[begin + 1 : begin + 1 + length], 0)
+        targets = np.where(trained, np.append(store.tokens[begin + 1 : begin + length], 0), 0)
         assert batch["targets"][row][place].tolist() == targets.tolist()
         assert batch["margin"][row, column] == number + 1
         if per_example == 2 and number % 2 == 0:  # its rejected chat is the next segment of the row
