@@ -170,7 +170,9 @@ class PackedSpans(PackedRows):
     def __init__(self, sequences: Sequence[np.ndarray], context_length: int):
         sizes = np.array([len(ids) for ids in sequences], np.int64)
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        store = SimpleNamespace(folder="spans", tokens=np.concatenate(sequences), offsets=offsets)
+        store = SimpleNamespace(
+            folder="spans", tokens=np.concatenate(sequences), offsets=offsets, trained=None, document_values={}
+        )
         super().__init__(store, context_length)
         row = best_fit_decreasing(sizes - 1, context_length)
         self.order = np.argsort(row, kind="stable")

@@ -12,21 +12,24 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from lightning_jax.errors import UserError
-from lightning_jax.input_pipeline.tokenizers import Tokenizer
+from lightning_jax.input_pipeline.tokenizers import Tokenizer, encode
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and whatever else the template reads
 
 PROCESS = Path(__file__).with_name("chat_template_process.py")
 SECONDS, SECONDS_PER_CHAT = 10.0, 0.05
 # Around what a message says that looks like a special token: characters for private use, which no text needs.
-TEXT, END_OF_TEXT, CONTINUED = "\ue0f0", "\ue0f1", "\ue0f2"
+TEXT, END_OF_TEXT = "\ue0f0", "\ue0f1"
+GENERATED, END_OF_GENERATED = "\ue0f2", "\ue0f3"  # around what the assistant said
+CONTINUED = "\ue0f4"  # behind a message that is only begun
+MARKS = TEXT + END_OF_TEXT + GENERATED + END_OF_GENERATED + CONTINUED
 
 
 class ChatTemplateError(UserError):
@@ -79,14 +82,36 @@ class ChatTemplate:
             ChatTemplateError: one line that says what the template did and, where known, in which line. No more can
                 be rendered where it did not end.
         """
-        variables = {**self._variables, "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             # The space tells whether the template cuts spaces off.
             chats = [[*chat, {**last, "content": f"{last['content']}{CONTINUED} "}] for *chat, last in chats]
-        answer = self._answer({"template": self.template, "variables": variables, "chats": chats}, len(chats))
-        if "error" in answer:
-            raise ChatTemplateError(f"chat template: {answer['error']}")
-        return [_until_continued(text) for text in answer["texts"]] if continue_final_message else answer["texts"]
+        texts, problems = self.attempt(chats, [{"add_generation_prompt": add_generation_prompt}] * len(chats))
+        if problem := next(filter(None, problems), None):
+            raise ChatTemplateError(f"chat template: {problem}")
+        return [_until_continued(text) for text in texts] if continue_final_message else texts
+
+    def attempt(
+        self,
+        chats: Sequence[Sequence[Message]],
+        variables: Sequence[Mapping[str, Any]],
+        generation_marks: tuple[str, str] = ("", ""),
+    ) -> tuple[list[str], list[str | None]]:
+        """The text of each chat with variables of its own, and what is wrong with each, None for nothing.
+
+        Args:
+            generation_marks: put before and behind what `{% generation %}` and `{% endgeneration %}` enclose.
+
+        Raises:
+            ChatTemplateError: the process came to no end, or to a bad one.
+        """
+        request = {
+            "template": self.template,
+            "chats": chats,
+            "variables": [{**self._variables, **each} for each in variables],
+            "generation_marks": generation_marks,
+        }
+        answer = self._answer(request, len(chats))
+        return answer["texts"], answer["problems"]
 
     def _answer(self, request: Mapping[str, Any], num_chats: int) -> dict[str, Any]:
         process, limit = self._process, SECONDS + SECONDS_PER_CHAT * num_chats
@@ -148,15 +173,23 @@ def encode_chats(
     Raises:
         ChatTemplateError: as `render_chats`.
     """
-    texts = render_chats(template, [mark_texts(tokenizer, chat) for chat in chats], **options)
+    texts = render_chats(template, mark_texts(tokenizer, chats), **options)
     return [encode_rendered(tokenizer, text) for text in texts]
 
 
+class Piece(NamedTuple):
+    """A part of a rendered chat: the template's, or a message's that looks like a special token but is text."""
+
+    text: str
+    start: int  # its first character in the rendered text
+    is_text: bool
+
+
 def mark_texts(tokenizer: Tokenizer, value: Any) -> Any:
-    """What is said, a string or anything of strings, with marks for `encode_rendered` around all that looks special."""
+    """What is said, a string or anything of strings, with marks for `pieces` around all that looks special."""
     match value:
         case str():
-            value = re.sub(f"[{TEXT}{END_OF_TEXT}{CONTINUED}]", "", value)
+            value = re.sub(f"[{MARKS}]", "", value)
             return re.sub(_special(tokenizer), rf"{TEXT}\g<0>{END_OF_TEXT}", value)
         case Mapping():
             return {key: mark_texts(tokenizer, item) for key, item in value.items()}
@@ -165,19 +198,28 @@ def mark_texts(tokenizer: Tokenizer, value: Any) -> Any:
     return value
 
 
+def pieces(tokenizer: Tokenizer, text: str) -> Iterator[Piece]:
+    """The parts of a text rendered from `mark_texts`; a template may have taken a lone mark along, which is dropped."""
+    end = 0
+    for mark in re.finditer(f"{TEXT}({_special(tokenizer)}){END_OF_TEXT}|[{TEXT}{END_OF_TEXT}]", text):
+        if mark.start() > end:
+            yield Piece(text[end : mark.start()], end, False)
+        if mark[1]:
+            yield Piece(mark[1], mark.start(1), True)
+        end = mark.end()
+    if end < len(text):
+        yield Piece(text[end:], end, False)
+
+
 def encode_rendered(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The ids of a text in which special tokens are what they are, but for those between marks."""
-    # Odd pieces are text; a template may have taken a lone mark along, which then means nothing.
-    pieces = re.split(f"{TEXT}({_special(tokenizer)}){END_OF_TEXT}|[{TEXT}{END_OF_TEXT}]", text)
-    return np.concatenate(
-        [
-            tokenizer.encode_batch([piece.encode()])[0] if number % 2 else tokenizer.encode_special(piece)
-            for number, piece in enumerate(pieces)
-            if piece
-        ]
-        or [np.zeros(0, np.uint32)]
-    )
+    ids = [
+        encode(tokenizer, piece.text) if piece.is_text else tokenizer.encode_special(piece.text)
+        for piece in pieces(tokenizer, text)
+    ]
+    return np.concatenate(ids or [np.zeros(0, np.uint32)])
 
 
 def _special(tokenizer: Tokenizer) -> str:
+    """A pattern of the tokenizer's special tokens; one of nothing where there are none."""
     return "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
