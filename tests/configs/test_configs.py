@@ -251,7 +251,8 @@ def test_seed_recipes_are_what_their_source_says():
         assert {(s.optimizer.beta2, s.optimizer.weight_decay) for s in stages} == {(beta2, 0.01)}
     rate, _ = corner("minimax_text_01:456b,seed", "pretraining")
     assert [rate(0), rate(10_000), rate(500_000)] == pytest.approx([0, 1e-4, 1e-5])
-    for stage in load("smollm2:360m,seed").stages.values():
+    small = load("smollm2:360m,seed")
+    for stage in (small.stages[name] for name in small.run_stages):
         assert stage.batch_size.tokens == (2_097_152,)
 
 
