@@ -243,7 +243,7 @@ def test_a_pair_without_an_answer_on_a_side_does_not_count():
         call = loss_and_gradients("dpo_norm", 1)
         half = batch | {"loss_mask": batch["loss_mask"] & (batch["segment_ids"] != 2).at[0].set(True)}
         (_, metrics), _ = call(half)
-        (_, first), _ = call({name: array.at[1:].set(0) for name, array in batch.items()})
+        (_, first), _ = call({name: array.at[1:].set(jnp.zeros((), array.dtype)) for name, array in batch.items()})
         assert metrics["pairs"] == first["pairs"] == 1
         np.testing.assert_allclose(metrics["loss"], first["loss"])
         (_, nothing), gradients = call(jax.tree.map(jnp.zeros_like, batch))
