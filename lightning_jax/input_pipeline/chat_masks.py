@@ -19,10 +19,10 @@ import numpy as np
 from lightning_jax.input_pipeline.chat_template import (
     END_OF_GENERATED,
     GENERATED,
+    ChatTemplate,
     Message,
-    mark_text,
+    mark_texts,
     pieces,
-    run_template,
 )
 from lightning_jax.input_pipeline.readers import Problem
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
@@ -65,7 +65,7 @@ class ChatEncoder:
           ChatTemplateError: the template came to no end.
         """
         given = [{"tools": each} for each in tools or [None] * len(chats)]
-        chats = mark_text(self.tokenizer, chats)
+        chats = mark_texts(self.tokenizer, chats)
         spans = self._by_tags if _TAG.search(self.template) else self._by_turns
         results = spans(chats, given)
         return [each if isinstance(each, Problem) else self._encode(*each) for each in results]
@@ -73,8 +73,9 @@ class ChatEncoder:
     def _render(
         self, chats: Sequence[Any], given: Sequence[Mapping[str, Any]], generation_marks: tuple[str, str] = ("", "")
     ) -> list[str | Problem]:
-        variables = [{**self.special_tokens, "add_generation_prompt": False, **each} for each in given]
-        texts, problems = run_template(self.template, chats, variables, generation_marks)
+        variables = [{"add_generation_prompt": False, **each} for each in given]
+        with ChatTemplate(self.template, special_tokens=self.special_tokens) as process:
+            texts, problems = process.attempt(chats, variables, generation_marks)
         return [
             Problem("refused by the chat template", problem) if problem else text
             for text, problem in zip(texts, problems, strict=True)

@@ -1,10 +1,11 @@
-"""The process in which a chat template runs: a request on standard input, texts or an error on standard output.
+"""The process in which a chat template runs: a line of JSON for each request on standard input, and for its answer.
 
 It imports nothing but jinja2 and the standard library: it starts quickly, and there is little in it to reach for.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import resource
 import sys
@@ -56,6 +57,11 @@ def environment(generation_marks: tuple[str, str] = ("", "")) -> ImmutableSandbo
     return jinja
 
 
+@functools.cache
+def compiled(template: str, generation_marks: tuple[str, str]) -> jinja2.Template:
+    return environment(generation_marks).from_string(template)
+
+
 def render(template: jinja2.Template, chat: list[dict[str, Any]], variables: dict[str, Any]) -> str:
     """The text of a chat. Raises ValueError where it becomes too long, and whatever the template raises."""
     pieces, length = [], 0
@@ -80,28 +86,26 @@ def describe(error: Exception) -> str:
     return where + " ".join(reason.split())
 
 
+def answer(request: dict[str, Any]) -> dict[str, list[Any]]:
+    """The texts, and for each what is wrong with it or None."""
+    texts, problems = [], []
+    for chat, variables in zip(request["chats"], request["variables"], strict=True):
+        text, problem = "", None
+        try:
+            text = render(compiled(request["template"], tuple(request["generation_marks"])), chat, variables)
+        except Exception as error:  # whatever a program from anywhere may raise
+            problem = describe(error)
+        texts.append(text)
+        problems.append(problem)
+    return {"texts": texts, "problems": problems}
+
+
 def main() -> None:
-    request = json.load(sys.stdin)
     # Not every system limits the address space; there the limit of time must do.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    answer: dict[str, list[Any]] = {"texts": [], "problems": []}
-    compiled = problem = None
-    # A program from anywhere may raise anything.
-    try:
-        compiled = environment(tuple(request["generation_marks"])).from_string(request["template"])
-    except Exception as error:
-        problem = describe(error)
-    for chat, variables in zip(request["chats"], request["variables"], strict=True):
-        text, reason = "", problem
-        if compiled is not None:
-            try:
-                text = render(compiled, chat, variables)
-            except Exception as error:
-                reason = describe(error)
-        answer["texts"].append(text)
-        answer["problems"].append(reason)
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
