@@ -26,16 +26,20 @@ decay and clipping (Text-01's weight decay). The paper starts from Text-01's wei
 folder of a Text-01 run. It takes a multiple of 256 chips. The stages from 128K on keep each row whole on its chips,
 which has no room on today's; --config.run_stages=continual_pretraining,context_32k leaves them out.
 
+After pre-training comes sft: on laptop as the run's last stage, about a minute on 6,000 generated word problems; on
+456b by --config.run_stages=sft --init_from=FOLDER, on long chains of thought, about 60% of them mathematics and code
+(section 2.2). Its length, batch and learning rate are undisclosed, and here those of Text-01's first such stage.
+
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in
-tokens); and tokenizer.json, the released model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with
-every Python installation.
+tokens); for sft long_cot, whose lines have "messages"; and tokenizer.json, the released model's. laptop needs none: its
+corpora, "text" and "code" at 7:3, come with every Python installation.
 """
 
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import adamw, batch_size, blend, constant, cosine, stage, steps, wsd
+from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
@@ -50,16 +54,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
-    laptop = size.startswith("laptop")
+    laptop, published = size.startswith("laptop"), size == "456b"
+    stages = STAGES[size]()
     return recipes.run(
         f"minimax_m1_{size}",
         model=_model(size),
         data=recipes.embedded() if laptop else _data(),
-        stages=STAGES[size](),
+        stages=stages | ({"sft": _long_cot()} if published else {}),
+        run_stages=stages,
         laptop=laptop,
         replicate=laptop,
-        expert_parallel=32 if size == "456b" else 1,
-        tensor_parallel=8 if size == "456b" else 1,
+        expert_parallel=32 if published else 1,
+        tensor_parallel=8 if published else 1,
     )
 
 
@@ -75,7 +81,10 @@ def _model(size: str) -> ConfigDict:
 
 def _data() -> ConfigDict:
     corpora = (*PRETRAINING, *LONG)
-    return recipes.files_on_disk("data/minimax_m1", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
+    data = recipes.files_on_disk("data/minimax_m1", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
+    data.corpora["long_cot"] = corpus("jsonl", "data/minimax_m1/long_cot/*.jsonl.zst", content="conversations")
+    data.chat_template = "minimax_m1"
+    return data
 
 
 def _laptop_stages() -> dict[str, ConfigDict]:
@@ -168,6 +177,21 @@ def _published_stages() -> dict[str, ConfigDict]:
             schedule=constant(8e-6),
         )
     return stages
+
+
+def _long_cot() -> ConfigDict:
+    """Fine-tuning on long chains of thought (section 2.2): what of it is undisclosed is Text-01's first such stage."""
+    context_length = 32 * 1024  # undisclosed: ours
+    return stage(
+        passes=2,
+        context_length=context_length,
+        rope_theta=1e7,
+        mixture={"long_cot": 1.0},
+        packing="best_fit",
+        batch_size=batch_size(128 * context_length, micro_batch_tokens=context_length),
+        optimizer=M1_ADAMW,
+        schedule=cosine(1e-5, 1e-6),
+    )
 
 
 STAGES = {

@@ -22,6 +22,10 @@ batch of the extension, and the capacity factor of the experts, which drop what 
 chips; the extension's stages keep each row whole on its chips, which has no room on today's, and
 --config.run_stages=constant,constant_lower,fast_decay leaves them out.
 
+After it (section 5, Table 7) come sft_short, sft_long, dpo_short and dpo_long, each a run of its own with
+--config.run_stages=NAME and --init_from=FOLDER: chats of 8,192 and of 1,032,192 tokens in turn, half of the long
+stages' prompts long. Undisclosed, and ours here: beta, Adam's numbers (those of pre-training) and one chat to a row.
+
 seed. What a widely read summary of the recipe gives instead: 300B tokens, AdamW (0.9, 0.98) with weight decay 0.01,
 10,000 steps of warm-up to 1e-4 and a cosine over 500,000, on CommonCrawl, Wikipedia, BookCorpus and news. Its batch of
 2,048 sequences on each of 1,024 GPUs contradicts its 300B tokens in 500,000 steps; we keep the latter, with 64
@@ -29,14 +33,15 @@ sequences of 8,192. The end of the cosine and the shares are ours, the context's
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: for paper
 data/minimax_text_01/web, academic, books, code; for seed common_crawl, wikipedia, book_corpus, news; for the extension
-long_32k_128k, long_over_128k (documents of such lengths in tokens) and long_qa; and tokenizer.json, the released
+long_32k_128k, long_over_128k (documents of such lengths in tokens) and long_qa; for post-training sft,
+long_sft ("messages") and preferences, long_preferences ("chosen", "rejected"); and tokenizer.json, the released
 model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with every Python installation.
 """
 
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import adamw, batch_size, blend, constant, cosine, stage, steps, wsd
+from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop", "1b", "8b", "456b")  # from the smallest up
 RECIPES = ("paper", "seed")
@@ -46,6 +51,12 @@ PRETRAINING = {  # shares: ours
     "paper": {"web": 0.6, "academic": 0.1, "books": 0.1, "code": 0.2},
     "seed": {"common_crawl": 0.7, "wikipedia": 0.1, "book_corpus": 0.1, "news": 0.1},
 }
+POST_TRAINING = {
+    "sft": "conversations",
+    "long_sft": "conversations",
+    "preferences": "preferences",
+    "long_preferences": "preferences",
+}
 LONG = ("long_32k_128k", "long_over_128k", "long_qa")
 
 
@@ -54,11 +65,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
+    pretraining = _published_stages(recipe) if size == "456b" else _small_stages(recipe, size)
     return recipes.run(
         f"minimax_text_01_{size}" + ("_seed" if recipe == "seed" else ""),
         model=_model(size),
         data=recipes.embedded() if size == "laptop" else _data(recipe),
-        stages=_published_stages(recipe) if size == "456b" else _small_stages(recipe, size),
+        stages=pretraining | (_post_training() if size == "456b" else {}),
+        run_stages=pretraining,
         laptop=size == "laptop",
         replicate=size == "laptop",
         expert_parallel=32 if size == "456b" else 1,
@@ -75,7 +88,11 @@ def _model(size: str) -> ConfigDict:
 
 def _data(recipe: str) -> ConfigDict:
     corpora = (*PRETRAINING[recipe], *LONG)
-    return recipes.files_on_disk("data/minimax_text_01", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
+    data = recipes.files_on_disk("data/minimax_text_01", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
+    for name, content in POST_TRAINING.items():
+        data.corpora[name] = corpus("jsonl", f"data/minimax_text_01/{name}/*.jsonl.zst", content=content)
+    data.chat_template = "minimax_m1"
+    return data
 
 
 def _published_stages(recipe: str) -> dict[str, ConfigDict]:
@@ -132,6 +149,35 @@ def _extension(recipe: str, rate: float, batch: int) -> dict[str, ConfigDict]:
                 schedule=constant(rate),
             )
         before = mixture
+    return stages
+
+
+def _post_training() -> dict[str, ConfigDict]:
+    """Table 7, but for its last column; a row of preference tuning holds the two chats of a pair."""
+    long = 1_032_192
+    optimizer = adamw(beta2=0.95, weight_decay=0.1)
+    half = {"long_": 0.5, "": 0.5}
+    table = {  # chats of up to so many tokens, passes, batch, schedule, shares of long and short prompts
+        "sft_short": (8192, 2, 128, cosine(1e-5, 1e-6), {"": 1.0}),
+        "sft_long": (long, 2, 80, constant(3e-6), half),
+        "dpo_short": (8192, 1, 64, cosine(5e-7, 5e-8), {"": 1.0}),
+        "dpo_long": (long, 1, 64, constant(5e-7), half),
+    }
+    stages = {}
+    for name, (length, passes, rows, schedule, shares) in table.items():
+        kind, chats = ("sft", 1) if name.startswith("sft") else ("preferences", 2)
+        row = chats * length
+        stages[name] = stage(
+            passes=passes,
+            context_length=row,
+            rope_theta=1e7,
+            mixture={f"{prefix}{kind}": share for prefix, share in shares.items()},
+            packing="one_per_row",
+            batch_size=batch_size(rows * row, micro_batch_tokens=row),
+            optimizer=optimizer,
+            schedule=schedule,
+            preference={"loss": "dpo", "beta": 0.1} if chats == 2 else None,
+        )
     return stages
 
 

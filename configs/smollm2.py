@@ -20,20 +20,28 @@ stage_4_end, which --config.run_stages=stage_1,stage_2,stage_3,stage_4,stage_4_e
 here: the shares within the math of stages 3 and 4, within the web of stage 4 and within the small models' corpora, and
 the learning rate of the branch, which goes on with the decay.
 
+sft and dpo (section 5, and the released configs) are runs of their own: --config.run_stages=sft
+--init_from=FOLDER with the folder of a pre-trained run. sft: 2 passes over SmolTalk (135m, 360m: smol-smoltalk) in rows
+of 8,192 tokens, 128 of them a batch, a cosine from 3e-4 (small sizes: 1e-3) after 10% of warm-up. dpo: 2 passes over
+UltraFeedback, 128 pairs of chats of up to 1,024 tokens, beta 0.5, a cosine from 1e-6 (the released config of 1.7b makes
+3). Template: ChatML; its default system message is left out. Adam's numbers and clipping are the defaults of the
+library that was used.
+
 seed. A widely read summary of the recipe has instead beta2 0.999, batches of 2M tokens and a decay over the last 10%
 for every size, and math and code in the small models' decay; 1.7b's four stages keep their mixtures.
 
 Data of 135m, 360m and 1.7b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/smollm2/
 fineweb_edu, dclm, starcoderdata, stack_edu, jupyter, infimm_webmath, owm, infiwebmath_3plus, finemath, finemath_4plus,
 aug_gsm8k, cosmopedia_v2, dolma_books, as far as the size names them, dclm_long and fineweb_edu_long (documents of 8K
-tokens and more); and tokenizer.json, SmolLM2's. laptop needs none: its corpora, "text" and "code" at 7:3, come with
+tokens and more); for sft and dpo, as released in Parquet, smoltalk ("messages") and ultrafeedback ("chosen",
+"rejected"); and tokenizer.json, SmolLM2's. laptop needs none: its corpora, "text" and "code" at 7:3, come with
 every Python installation.
 """
 
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import Dimensions, adamw, batch_size, blend, stage, steps, wsd
+from lightning_jax.recipes import Dimensions, adamw, batch_size, blend, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop", "135m", "360m", "1.7b")  # from the smallest up
 RECIPES = ("paper", "seed")
@@ -64,6 +72,7 @@ STAGE_4 = {
 }
 LONG = {"dclm_long": 0.25, "fineweb_edu_long": 0.25, "dolma_books": 0.5}
 SMALL_STABLE = {"dclm": 0.95, "cosmopedia_v2": 0.05}  # the seed's, before math and code come
+CHATS = {"smoltalk": "conversations", "ultrafeedback": "preferences"}  # smol-smoltalk for 135m and 360m
 SMALL = {"dclm": 0.74, "stack_edu": 0.12, "infimm_webmath": 0.06, "finemath": 0.04, "cosmopedia_v2": 0.04}
 
 
@@ -73,28 +82,31 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _config(size: str, recipe: str) -> ConfigDict:
     laptop = size == "laptop"
-    stages = _stages(size, recipe)
+    pretraining = _stages(size, recipe)
     dimensions, deviation = {
         "laptop": (recipes.LLAMA_LAPTOP, 0.05),
         "135m": (Dimensions(576, 30, 9, 3, 64, 1536, 49_152), 0.041667),
         "360m": (Dimensions(960, 32, 15, 5, 64, 2560, 49_152), 0.03227),
         "1.7b": (Dimensions(2048, 24, 32, 32, 64, 8192, 49_152), 0.02),
     }[size]
-    config = recipes.run(
+    return recipes.run(
         f"smollm2_{size}" + ("_seed" if recipe == "seed" else ""),
         model=recipes.llama(dimensions, tie_embeddings=True, initializer="normal", initializer_range=deviation),
-        data=recipes.embedded() if laptop else _data(stages),
-        stages=stages,
+        data=recipes.embedded() if laptop else _data(pretraining),
+        stages=pretraining | _post_training(size),
+        run_stages=(name for name in pretraining if name != "stage_4_end"),
         laptop=laptop,
         replicate=size != "1.7b",
     )
-    config.run_stages = tuple(name for name in stages if name != "stage_4_end")
-    return config
 
 
 def _data(stages: dict[str, ConfigDict]) -> ConfigDict:
     corpora = sorted({corpus for each in stages.values() for corpus in each.mixture.end})
-    return recipes.files_on_disk("data/smollm2", corpora, vocab_size=49_152, bos="", eos="<|endoftext|>")
+    data = recipes.files_on_disk("data/smollm2", corpora, vocab_size=49_152, bos="", eos="<|endoftext|>")
+    for name, content in CHATS.items():
+        data.corpora[name] = corpus("parquet", f"data/smollm2/{name}/*.parquet", content=content)
+    data.chat_template = "chatml"
+    return data
 
 
 def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:
@@ -132,6 +144,40 @@ def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:
             ),
         )
     return stages
+
+
+def _post_training(size: str) -> dict[str, ConfigDict]:
+    """Section 5 of the paper and the released configs; the laptop's learning rates and lengths are ours."""
+    laptop, large = size == "laptop", size == "1.7b"
+    chats, pairs = ("arithmetic", "arithmetic_pairs") if laptop else CHATS
+    length, pair, rows = (256, 256, 8) if laptop else (8192, 2 * 1024, 128)
+    theta = 1e4 if laptop else 1.3e5 if large else 1e5
+    optimizer = adamw(beta2=0.999, weight_decay=0.0)
+    return {
+        "sft": stage(
+            passes=1 if laptop else 2,
+            warmup_share=0.1,
+            context_length=length,
+            rope_theta=theta,
+            mixture={chats: 1.0},
+            packing="best_fit",
+            batch_size=batch_size(rows * length, micro_batch_tokens=length),
+            optimizer=optimizer,
+            schedule=cosine(3e-4 if large else 1e-3, 0.0),
+        ),
+        "dpo": stage(
+            passes=0.3 if laptop else 2,
+            warmup_share=0.1,
+            context_length=pair,
+            rope_theta=theta,
+            mixture={pairs: 1.0},
+            packing="best_fit" if laptop else "one_per_row",
+            batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
+            optimizer=optimizer,
+            schedule=cosine(1e-4 if laptop else 1e-6, 0.0),
+            preference={"loss": "dpo", "beta": 0.5},
+        ),
+    }
 
 
 def _parts(size: str, recipe: str, batch: int) -> tuple[int, dict[str, tuple[int, int, Mixture]]]:

@@ -151,9 +151,15 @@ def steps(tokens: Tokens, batch_tokens: int) -> int:
 
 
 def adamw(
-    *, beta2: float, weight_decay: float, beta1: float = 0.9, epsilon: float = 1e-8, decay_mask: str = "all"
+    *,
+    beta2: float,
+    weight_decay: float,
+    beta1: float = 0.9,
+    epsilon: float = 1e-8,
+    decay_mask: str = "all",
+    clip_norm: float = 1.0,
 ) -> ConfigDict:
-    """AdamW with gradients clipped to norm 1, as all these recipes have it or leave it unsaid."""
+    """AdamW; gradients are clipped to norm 1 where a recipe has it so or leaves it unsaid."""
     return ConfigDict(
         {
             "beta1": beta1,
@@ -161,7 +167,7 @@ def adamw(
             "epsilon": epsilon,
             "weight_decay": weight_decay,
             "decay_mask": decay_mask,
-            "clip_norm": 1.0,
+            "clip_norm": clip_norm,
             "moment_dtype": "float32",
         }
     )
@@ -280,6 +286,7 @@ def run(
     model: ConfigDict,
     data: ConfigDict,
     stages: Mapping[str, ConfigDict],
+    run_stages: Iterable[str] = (),
     laptop: bool,
     replicate: bool = False,
     expert_parallel: int = 1,
@@ -287,9 +294,11 @@ def run(
 ) -> ConfigDict:
     """A whole run, its stages in the order given, at home on a laptop for minutes or on accelerators for weeks.
 
-    The model's own rope theta is the last stage's. With `replicate` every device holds all parameters; else they are
-    split over all devices, as many as `expert_parallel` and `tensor_parallel` leave, along the hidden size.
+    It goes through `run_stages`, or all; the model's own rope theta is that of the last one. With `replicate` every
+    device holds all parameters; else they are split over all devices, as many as `expert_parallel` and
+    `tensor_parallel` leave, along the hidden size.
     """
+    run_stages = tuple(run_stages or stages)
     precision = {"param_dtype": "float32", "compute_dtype": "bfloat16", "loss_chunk": 512, "remat": "full"}
     if laptop:
         precision = {"param_dtype": "float32", "compute_dtype": "float32", "loss_chunk": 128, "remat": "none"}
@@ -298,7 +307,7 @@ def run(
             "name": name,
             "size_reason": "",
             "seed": 0,
-            "model": {**model, **precision, "rope_theta": stages[list(stages)[-1]].rope_theta},
+            "model": {**model, **precision, "rope_theta": stages[run_stages[-1]].rope_theta},
             "data": data,
             "mesh": {
                 "data": -1 if replicate else 1,
@@ -307,7 +316,7 @@ def run(
                 "tensor": tensor_parallel,
             },
             "stages": dict(stages),
-            "run_stages": tuple(stages),
+            "run_stages": run_stages,
             "checkpoints": {
                 "every_steps": 100 if laptop else 1000,
                 "every_minutes": 0.0 if laptop else 30.0,
@@ -391,6 +400,8 @@ def _obstacle(config: ConfigDict, limit: int, num_devices: int) -> str:
     needed = training_bytes(config)
     if needed > STATE_SHARE * limit * (1 if config.mesh.data == -1 else num_devices):
         return f"needs {needed / 2**30:.0f} GiB for weights, moments and gradients"
-    paths = [corpus.path for corpus in config.data.corpora.values() if corpus.format not in ("embedded", "generated")]
+    wanted = {name for stage in config.run_stages for name in config.stages[stage].mixture.start}
+    corpora = [config.data.corpora[name] for name in sorted(wanted)]
+    paths = [corpus.path for corpus in corpora if corpus.format not in ("embedded", "generated")]
     missing = [path for path in [*paths, config.data.tokenizer.path] if path and not glob.glob(path)]
     return f"needs {missing[0]}, which is not here" if missing else ""

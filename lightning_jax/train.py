@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lightning_jax.checkpoints import Checkpoints, newest_manifest, restore_newest, run_lock
+from lightning_jax.checkpoints.state_tree import named_leaves, rebuild
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.input_pipeline import GlobalBatches, PreparedCorpus, cache_folder
@@ -181,7 +181,8 @@ class Trainer:
         self._say(f"parameters from step {restored.step} of {run}")
         params = restored.state["params"]
         if backbone:
-            params = nnx.State({**state.params, "backbone": params})
+            leaves = {f"backbone/{path}": leaf for path, leaf in named_leaves(params).items()}
+            params = rebuild(state.params, named_leaves(state.params) | leaves)
         return state._replace(params=params)
 
     def _accept(self, changes: Iterable[str]) -> None:

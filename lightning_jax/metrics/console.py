@@ -27,16 +27,19 @@ _HEADER_WIDTH = 100
 class SmoothedLoss:
     """Exponential moving average of the logged losses without the bias towards its start (as in Adam, arXiv 1412.6980).
 
-    It is a function of the losses in the order of metrics.jsonl, so feeding it that file's losses resumes it exactly.
-    Losses that are not finite are left out.
+    It begins anew with every stage, for what is minimised may differ. It is a function of the losses in the order of
+    metrics.jsonl, so feeding it that file's losses resumes it exactly. Losses that are not finite are left out.
     """
 
     def __init__(self) -> None:
+        self._stage: str | None = None
         self._mean = 0.0
         self._weight = 0.0
 
-    def update(self, loss: float) -> float:
-        """Takes in a loss and returns the average; NaN before the first finite loss."""
+    def update(self, loss: float, stage: str | None = None) -> float:
+        """Takes in a loss and returns the average; NaN before the first finite loss of the stage."""
+        if stage != self._stage:
+            self._stage, self._mean, self._weight = stage, 0.0, 0.0
         if abs(loss) < float("inf"):
             self._mean = _SMOOTHING * self._mean + (1 - _SMOOTHING) * loss
             self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
@@ -73,7 +76,7 @@ class Console:
         self._smoothed = SmoothedLoss()
         for record in history:
             if "loss" in record:
-                self._smoothed.update(record["loss"])
+                self._smoothed.update(record["loss"], record.get("stage"))
         self._live = ""  # the line that stands unfinished on the terminal
         self._pending = ""  # the newest line, where it was not printed for good
         self._drawn = self._stood = float("-inf")
@@ -140,7 +143,7 @@ class Console:
         if "stage" in record:
             fields.append((7, record["stage"]))
         if "loss" in record:
-            fields.append((1, f"loss {self._smoothed.update(record['loss']):.4f}"))
+            fields.append((1, f"loss {self._smoothed.update(record['loss'], record.get('stage')):.4f}"))
         if "learning_rate" in record:
             fields.append((5, f"lr {scientific(record['learning_rate'])}"))
         if "gradient_norm" in record:

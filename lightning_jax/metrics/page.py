@@ -163,22 +163,29 @@ def _results(run: _Run) -> str:
     entropies = _mapping(run.facts.get("unigram_entropy"))
     curves: dict[str, tuple[list[tuple[int, float]], float | None]] = {}
     smoothed = SmoothedLoss()
-    training = [(record["step"], smoothed.update(record["loss"])) for record in run.records if "loss" in record]
+    training = [
+        (record["step"], smoothed.update(record["loss"], record.get("stage")))
+        for record in run.records
+        if "loss" in record
+    ]
     if training:
         curves["training, smoothed"] = training, None
     for corpus in validation_corpora(run.records):
         curves[f"validation, {corpus}"] = validation_curve(run.records, corpus), entropies.get(corpus)
     if not curves:
         return ""
+    of_pairs = {f"validation, {corpus}" for r in run.records for corpus in r.get("validation_accuracy", {})}
+    if training and "pairs" in next(r for r in reversed(run.records) if "loss" in r):
+        of_pairs.add("training, smoothed")
     rows = []
     for name, (curve, entropy) in curves.items():
         finite = [(loss, step) for step, loss in curve if math.isfinite(loss)]
         best = f"{min(finite)[0]:.4f} (step {min(finite)[1]:,})" if finite else "n/a"
         last = curve[-1][1]
-        perplexity = f"{math.exp(last):.2f}" if last < 700 else "n/a"
+        perplexity = f"{math.exp(last):.2f}" if last < 700 and name not in of_pairs else "n/a"
         reference = "" if entropy is None else f"{entropy:.4f}"
         rows.append([name, f"{curve[0][1]:.4f}", best, f"{last:.4f}", perplexity, reference])
-    headings = ["loss, nats per token", "first", "best", "last", "perplexity", "unigram entropy"]
+    headings = ["loss, nats per token or pair", "first", "best", "last", "perplexity", "unigram entropy"]
     return "<h2>Results</h2>" + html_table(headings, rows, numbers=True)
 
 

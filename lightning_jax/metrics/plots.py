@@ -42,6 +42,8 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
     """
     makers: Iterable[Callable[[], Plot | None]] = (
         lambda: _loss(records, unigram_entropy),
+        lambda: _curve(records, "accuracy", "Preference accuracy", "Share of a batch's pairs told right."),
+        lambda: _curve(records, "margin", "Preference margin", "Reward of the chosen chat less that of the rejected."),
         lambda: _learning_rate(records),
         lambda: _gradient_norm(records),
         lambda: _batch(records),
@@ -65,7 +67,8 @@ def validation_curve(records: Sequence[Record], corpus: str) -> list[tuple[int, 
 def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Plot | None:
     steps, losses = _series(records, "loss")
     smoothed_loss = SmoothedLoss()
-    smoothed = np.array([smoothed_loss.update(loss) for loss in losses])
+    stages = [record.get("stage") for record in records if "loss" in record]
+    smoothed = np.array([smoothed_loss.update(loss, stage) for loss, stage in zip(losses, stages, strict=True)])
     corpora = validation_corpora(records)
     if not np.isfinite(losses).any() and not corpora:
         return None

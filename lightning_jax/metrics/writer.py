@@ -13,7 +13,9 @@ Names that the console and the report know (all optional):
   batch_tokens, context_length
   expert_load       [layers][experts] tokens of each expert relative to an even share, which is 1
   dropped_fraction  share of routed tokens that found no room (capacity dispatch only)
-  validation_loss   {corpus: nats per token}
+  validation_loss   {corpus: nats per token, or per pair}
+  accuracy, margin  of preferences: share of pairs told right, and by how much on average
+  validation_accuracy  {corpus: share of pairs told right}
   timing            {seconds, tokens_per_second, milliseconds_per_step, mfu, memory_bytes}, see throughput.py
 """
 

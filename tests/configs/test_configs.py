@@ -36,12 +36,17 @@ PARAMETERS = {  # of every size: all, and active without embeddings
     "smollm2:135m": (134_515_008, 106_203_456),
     "smollm2:360m": (361_821_120, 314_635_200),
     "smollm2:1.7b": (1_711_376_384, 1_610_713_088),
+    "tulu3:laptop": (3_934_656, 2_361_792),
+    "tulu3:8b": (8_030_261_248, 6_979_588_096),
+    "tulu3:70b": (70_553_706_496, 68_452_360_192),
+    "tulu3:405b": (405_853_388_800, 401_650_696_192),
 }
 RECIPES = {
     "minimax_m1": ("paper",),
     "minimax_text_01": ("paper", "seed"),
     "tinyllama": ("v1.0", "v1.1", "v1.1_math_code", "v1.1_chinese"),
     "smollm2": ("paper", "seed"),
+    "tulu3": ("paper",),
 }
 NAMES = [f"{size},{recipe}" for size in PARAMETERS for recipe in RECIPES[size.partition(":")[0]]]
 SYSTEMS = list(RECIPES)
@@ -88,6 +93,7 @@ def test_stages_make_steps_and_every_schedule_fits(name):
 def test_mesh_divides_over_the_devices_it_is_meant_for(name):
     size = name.partition(":")[2].partition(",")[0]
     published = {"456b": (512, 1024), "1.1b": (16,), "135m": (64,), "360m": (128,), "1.7b": (256,)}
+    published |= {"70b": (128,), "405b": (1024,)} | ({"8b": (64,)} if name.startswith("tulu3") else {})
     if name == "minimax_text_01:456b,seed":
         published["456b"] = (256,)  # its rows are 64
     for num_devices in published.get(size, (1, 8)):
@@ -203,13 +209,50 @@ def test_smollm2_1_7b_is_one_schedule_over_its_stages():
     assert (end["dclm_long"], end["fineweb_edu_long"], end["dolma_books"]) == pytest.approx((0.1, 0.1, 0.2))
 
 
+def test_tulu_3_as_published():
+    for size, sft, dpo, pairs in (("8b", 5e-6, 5e-7, 128), ("70b", 2e-6, 2e-7, 128), ("405b", 2e-6, 2e-7, 256)):
+        config = with_lengths(
+            dataclasses.replace(load(f"tulu3:{size}"), run_stages=("sft", "dpo")), lambda stage: 128_000
+        )
+        first, second = plan_stages(config)
+        assert (first.batch_sizes.num_steps, first.batch_sizes.rows(0)) == (2000, 128)
+        rate = learning_rate(first.config.schedule, 2000)
+        assert [float(rate(step)) for step in (0, 60, 1030, 2000)] == pytest.approx([0, sft, sft / 2, 0], abs=1e-12)
+        assert first.config.reduction == "conversation_sum"
+        assert (first.config.context_length, second.config.context_length) == (4096, 2 * 2048)
+        assert (second.batch_sizes.num_steps, second.batch_sizes.rows(0)) == (128_000 // pairs, pairs)
+        rate = learning_rate(second.config.schedule, second.batch_sizes.num_steps)
+        assert float(rate(128_000 // pairs // 10)) == pytest.approx(dpo)
+        assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0)
+        assert {s.optimizer.weight_decay for s in config.stages.values()} == {0.0}
+        assert {s.optimizer.clip_norm for s in config.stages.values()} == {0.0}
+    reward = load("tulu3:8b").stages["reward_model"]
+    assert (reward.schedule.peak, reward.optimizer.epsilon, reward.batch_size.tokens) == (3e-6, 1e-5, (256 * 4096,))
+
+
+def test_text_01_post_training_as_published():
+    stages = load("minimax_text_01:456b").stages
+    for name, chats, length, passes, rows, peak, final in (
+        ("sft_short", 1, 8192, 2, 128, 1e-5, 1e-6),
+        ("sft_long", 1, 1_032_192, 2, 80, 3e-6, 3e-6),
+        ("dpo_short", 2, 8192, 1, 64, 5e-7, 5e-8),
+        ("dpo_long", 2, 1_032_192, 1, 64, 5e-7, 5e-7),
+    ):
+        stage = stages[name]
+        assert (stage.documents_per_example, stage.context_length) == (chats, chats * length)
+        assert (stage.passes.count, stage.batch_size.tokens[0] // stage.context_length) == (passes, rows)
+        assert (stage.schedule.peak, stage.schedule.final, stage.rope_theta) == (peak, final, 1e7)
+
+
 def test_seed_recipes_are_what_their_source_says():
     for name, beta2 in (("minimax_text_01:456b,seed", 0.98), ("smollm2:135m,seed", 0.999)):
         config = load(name)
-        assert {(s.optimizer.beta2, s.optimizer.weight_decay) for s in config.stages.values()} == {(beta2, 0.01)}
+        stages = [config.stages[stage] for stage in config.run_stages]
+        assert {(s.optimizer.beta2, s.optimizer.weight_decay) for s in stages} == {(beta2, 0.01)}
     rate, _ = corner("minimax_text_01:456b,seed", "pretraining")
     assert [rate(0), rate(10_000), rate(500_000)] == pytest.approx([0, 1e-4, 1e-5])
-    for stage in load("smollm2:360m,seed").stages.values():
+    small = load("smollm2:360m,seed")
+    for stage in (small.stages[name] for name in small.run_stages):
         assert stage.batch_size.tokens == (2_097_152,)
 
 
