@@ -27,7 +27,6 @@ from lightning_jax.checkpoints.manifest import Leaf, files_in, library_versions,
 from lightning_jax.checkpoints.restoring import ARRAYS
 from lightning_jax.checkpoints.run_lock import LOCK
 from lightning_jax.checkpoints.sliced_arrays import SlicedArrays
-from lightning_jax.input_pipeline.tokenizers import FileTokenizer
 from lightning_jax.model_folders import (
     CHECKPOINTS,
     CONFIG,
@@ -166,7 +165,7 @@ def export_model(
             where = f"{source.path}: checkpoint {manifest.step}"
             why = "has another fingerprint than when it was saved; delete that step to export the one before"
             raise ModelFolderError("\n".join(f"{where}: {path} {why}" for path in damaged))
-        _write_texts(texts, folder, fields, say)
+        _write_texts(texts, folder, fields)
         safetensors_folder.write_index(folder, tensors)
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -279,16 +278,15 @@ def _copy_texts(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any], say: Say) -> None:
-    """The tokenizer's files as they came, or made of the tokenizer that the run trained; generation_config.json."""
+def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any]) -> None:
+    """The tokenizer's files as they came, or made of the run's own tokenizer; generation_config.json."""
     if texts.folder is not None:
         _copy_texts(texts.folder, folder)
-    elif isinstance(texts.tokenizer, FileTokenizer):
-        texts.tokenizer.save(folder / "tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **texts.special_tokens}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
-        say("no tokenizer files: Hugging Face has no tokenizer whose tokens are bytes")
+        texts.tokenizer.save(folder / "tokenizer.json")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= texts.special_tokens
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if not (path := folder / "generation_config.json").exists():
         ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if fields.get(name) is not None}
         path.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

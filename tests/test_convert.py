@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import struct
 
@@ -420,4 +419,5 @@ def test_training_starts_from_an_imported_model_and_its_run_is_exported(tmp_path
     assert {name: tensor.shape for name, tensor in tensors_in(tmp_path / "back").items()} == {
         name: tensor.shape for name, tensor in tensors.items()
     }
-    assert pathlib.Path(tmp_path / "back" / "generation_config.json").exists()
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).exists()
