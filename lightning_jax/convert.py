@@ -5,7 +5,7 @@
 
 An imported model is a run's folder: --init_from of training, and generation and evaluation, take it. To train it in
 float32 as our configs do, import it with --dtype=float32. A conversion that was interrupted goes on when it is started
-again.
+again; it works in <--to>.converting, which may be deleted to start over.
 """
 
 import argparse
@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             _say(f"error: {line}")
+        return USAGE_ERROR
+    except OSError as error:
+        _say(f"error: {error.filename or options.target}: {error.strerror}; the same command goes on from there")
         return USAGE_ERROR
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from there")

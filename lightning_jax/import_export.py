@@ -2,8 +2,8 @@
 
 A conversion works in `<target>.converting`, where a journal names the pieces that are on disk, and renames the folder
 when all is there: a target is whole or it does not exist, and a conversion that was interrupted goes on where it was.
-Never more than a few blocks are in memory, however large the tensors are. Our fingerprints are sums over elements, so
-they are made while importing, and checked while exporting, block by block too.
+Never more than a few blocks are in memory, or of a checkpoint that training saved, a matrix. Our fingerprints are sums
+over elements, so they are made while importing, and checked while exporting, block by block too.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,6 @@ from lightning_jax.checkpoints.manifest import Leaf, files_in, library_versions,
 from lightning_jax.checkpoints.restoring import ARRAYS
 from lightning_jax.checkpoints.run_lock import LOCK
 from lightning_jax.checkpoints.sliced_arrays import SlicedArrays
-from lightning_jax.input_pipeline.tokenizers import FileTokenizer
 from lightning_jax.model_folders import (
     CHECKPOINTS,
     CONFIG,
@@ -41,11 +40,11 @@ from lightning_jax.model_folders import (
     read_texts,
 )
 from lightning_jax.models import hugging_face
-from lightning_jax.models.hugging_face import Block, Piece
+from lightning_jax.models.hugging_face import Piece
 from lightning_jax.models.hugging_face_config import architecture, caveats, write_config
 
 BLOCK_ELEMENTS = 2 << 20
-SYNC_ELEMENTS = 256 << 20  # so much is synced to disk and put on record at once
+SYNC_ELEMENTS = 1 << 30  # so much is synced to disk and put on record at once
 SHARD_BYTES = 5_000_000_000
 WORKING, JOURNAL = ".converting", "journal.json"
 Say = Callable[[str], None]
@@ -74,14 +73,15 @@ def import_model(source: HuggingFaceFolder, target: Path, *, say: Say) -> None:
         arrays = SlicedArrays(step / ARRAYS)
         arrays.create(leaves, {_leaf_path(piece.path): _chunk(piece) for piece in source.pieces})
 
-        def convert(piece: Piece, block: Block) -> np.ndarray:
+        def convert(piece: Piece) -> Iterator[np.ndarray]:
             path = _leaf_path(piece.path)
-            theirs = tensors[piece.tensor].read(block.first_row, block.shape)
-            ours = np.ascontiguousarray(block.ours(theirs), jnp.dtype(leaves[path].dtype))
-            arrays.write(path, block.start, ours)
-            return block_sums(ours, block.start)
+            for block in piece.blocks(BLOCK_ELEMENTS):
+                theirs = tensors[piece.tensor].read(block.first_row, block.shape)
+                ours = np.ascontiguousarray(block.ours(theirs), jnp.dtype(leaves[path].dtype))
+                arrays.write(path, block.start, ours)
+                yield block_sums(ours, block.start)
 
-        sums = _convert(source.pieces, journal, convert, say)
+        sums = _convert(source.pieces, journal, convert, arrays.flush, say)
         _copy_texts(source.path, folder / ORIGINAL)
         shutil.copyfile(source.path / CONFIG, folder / ORIGINAL / CONFIG)
         sync_tree(folder)
@@ -144,19 +144,28 @@ def export_model(
         safetensors_folder.create(tensors)
         arrays = SlicedArrays(source.path / CHECKPOINTS / str(manifest.step) / ARRAYS)
 
-        def convert(piece: Piece, block: Block) -> np.ndarray:
-            ours = arrays.read(_leaf_path(piece.path), block.start, block.our_shape)
-            tensors[piece.tensor].write(block.first_row, block.theirs(ours))
-            return block_sums(ours, block.start)
+        def convert(piece: Piece) -> Iterator[np.ndarray]:
+            path = _leaf_path(piece.path)
+            # What training saved is in chunks of its own: a block would read, again and again, all that it touches.
+            in_blocks = arrays.chunk_shape(path) == _chunk(piece)
+            (whole,) = piece.blocks(math.prod(piece.shape))
+            matrix = None if in_blocks else whole.theirs(arrays.read(path, whole.start, whole.our_shape))
+            for block in piece.blocks(BLOCK_ELEMENTS):
+                if in_blocks:
+                    theirs = block.theirs(arrays.read(path, block.start, block.our_shape))
+                else:
+                    theirs = matrix[block.first_row - piece.first_row :][: block.shape[0]]
+                tensors[piece.tensor].write(block.first_row, theirs)
+                yield block_sums(block.ours(theirs), block.start)
 
-        sums = _convert(pieces, journal, convert, say)
+        sums = _convert(pieces, journal, convert, lambda: None, say)
         damaged = [path for path, found in sums.items() if written(found) != manifest.leaves[path].fingerprint]
         if damaged:
             shutil.rmtree(folder)
             where = f"{source.path}: checkpoint {manifest.step}"
             why = "has another fingerprint than when it was saved; delete that step to export the one before"
             raise ModelFolderError("\n".join(f"{where}: {path} {why}" for path in damaged))
-        _write_texts(texts, folder, fields, say)
+        _write_texts(texts, folder, fields)
         safetensors_folder.write_index(folder, tensors)
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -173,20 +182,32 @@ def _chunk(piece: Piece) -> tuple[int, ...]:
 
 
 def _convert(
-    pieces: Sequence[Piece], journal: "Journal", convert: Callable[[Piece, Block], np.ndarray], say: Say
+    pieces: Sequence[Piece],
+    journal: "Journal",
+    convert: Callable[[Piece], Iterable[np.ndarray]],
+    flush: Callable[[], None],
+    say: Say,
 ) -> dict[str, np.ndarray]:
-    """Converts what the journal does not have yet; the two sums of every array of ours: its fingerprint."""
+    """Converts what the journal does not have yet; the two sums of every array of ours: its fingerprint.
+
+    Args:
+        convert: yields what each block of a piece adds to the sums.
+        flush: waits until what was converted is in the files.
+    """
     if journal.sums:
         say(f"going on after {len(journal.sums):,} of {len(pieces):,} pieces that an earlier conversion left")
     elements = 0
-    for number, piece in enumerate(pieces):
-        if number not in journal.sums:
-            blocks = [convert(piece, block) for block in piece.blocks(BLOCK_ELEMENTS)]
-            journal.sums[number] = np.sum(blocks, axis=0, dtype=np.uint32)
-            elements += math.prod(piece.shape)
-        if elements >= SYNC_ELEMENTS:
-            journal.write()
-            elements = 0
+    try:
+        for number, piece in enumerate(pieces):
+            if number not in journal.sums:
+                journal.sums[number] = np.sum(list(convert(piece)), axis=0, dtype=np.uint32)
+                elements += math.prod(piece.shape)
+            if elements >= SYNC_ELEMENTS:
+                flush()
+                journal.write()
+                elements = 0
+    finally:
+        flush()
     totals: dict[str, np.ndarray] = {}
     for number, piece in enumerate(pieces):
         path = _leaf_path(piece.path)
@@ -204,21 +225,29 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, identity: str) -> "Journal":
-        """What the folder's journal has, empty where there is none or it is that of another conversion."""
+        """What the folder's journal has; empty where there is none, or another conversion's, or files were lost."""
         try:
             found = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             found = {}
-        sums = found.get("sums", {}) if found.get("identity") == identity else {}
-        return cls(path, identity, {int(number): np.array(each, np.uint32) for number, each in sums.items()})
+        if found.get("identity") != identity or not found["files"].items() <= _data_files(path.parent).items():
+            return cls(path, identity, {})
+        return cls(path, identity, {int(number): np.array(each, np.uint32) for number, each in found["sums"].items()})
 
     def write(self) -> None:
         """Syncs the folder, then puts on record what is in it."""
         sync_tree(self.path.parent)
-        sums = {number: list(map(int, each)) for number, each in self.sums.items()}
+        sums = {number: each.tolist() for number, each in self.sums.items()}
+        record = {"identity": self.identity, "sums": sums, "files": _data_files(self.path.parent)}
         replacement = self.path.with_suffix(".new")
-        replacement.write_text(json.dumps({"identity": self.identity, "sums": sums}))
+        replacement.write_text(json.dumps(record))
         replacement.rename(self.path)
+
+
+def _data_files(folder: Path) -> dict[str, int]:
+    """The sizes of the files that have weights: they are written once, or where they were laid out."""
+    files = (*folder.glob("*.safetensors"), *(folder / CHECKPOINTS / "0" / ARRAYS / "d").glob("*"))
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 @contextlib.contextmanager
@@ -249,16 +278,15 @@ def _copy_texts(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any], say: Say) -> None:
-    """The tokenizer's files as they came, or made of the tokenizer that the run trained; generation_config.json."""
+def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any]) -> None:
+    """The tokenizer's files as they came, or made of the run's own tokenizer; generation_config.json."""
     if texts.folder is not None:
         _copy_texts(texts.folder, folder)
-    elif isinstance(texts.tokenizer, FileTokenizer):
-        texts.tokenizer.save(folder / "tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **texts.special_tokens}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
-        say("no tokenizer files: Hugging Face has no tokenizer whose tokens are bytes")
+        texts.tokenizer.save(folder / "tokenizer.json")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= texts.special_tokens
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if not (path := folder / "generation_config.json").exists():
         ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if fields.get(name) is not None}
         path.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,9 @@ from typing import Any, Literal
 from tokenizers import Tokenizer as Backend
 
 from lightning_jax.checkpoints import Manifest, newest_manifest
-from lightning_jax.checkpoints.safetensors_folder import Tensor, open_folder
+from lightning_jax.checkpoints.manifest import DamagedError
+from lightning_jax.checkpoints.restoring import committed_steps, read_manifest
+from lightning_jax.checkpoints.safetensors_folder import Tensor, check_place, open_folder
 from lightning_jax.config import INVALID, RunConfig, parse
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
@@ -81,9 +83,12 @@ class HuggingFaceFolder:
         Raises:
             UserError: a line for everything that is wrong.
         """
-        fields = read_json(path / CONFIG)
-        if not fields:
+        if not (path / CONFIG).exists():
             raise ModelFolderError(f"{path / CONFIG}: missing; it says what the weights are")
+        for name in (CONFIG, *TEXT_FILES):
+            if (path / name).exists():
+                check_place(path, name)
+        fields = read_json(path / CONFIG)
         try:
             config = read_config(fields, dtype or "float32")
         except HuggingFaceError as error:
@@ -124,7 +129,7 @@ class RunFolder:
         """Raises UserError where there is no checkpoint, or one of another version of this package."""
         manifest = newest_manifest(path / CHECKPOINTS)
         if manifest is None:
-            raise ModelFolderError(f"{path}: there is no whole checkpoint in {path / CHECKPOINTS}")
+            raise ModelFolderError("\n".join(_rejected(path)))
         if "model" in manifest.metadata:
             return cls(path, manifest, None)
         run, problems = parse(RunConfig, manifest.metadata.get("config"))
@@ -154,6 +159,16 @@ class RunFolder:
         step = self.manifest.step if step is None else step
         stages = plan_stages(self.run)
         return next((stage for stage in stages if step <= stage.last_step), stages[-1]).config
+
+
+def _rejected(path: Path) -> Iterator[str]:
+    """Why a run's folder has no checkpoint, a line for each that is damaged."""
+    for step in sorted(committed_steps(path / CHECKPOINTS)):
+        try:
+            read_manifest(path / CHECKPOINTS, step)
+        except DamagedError as damage:
+            yield f"{path}: checkpoint {step} cannot be used: {damage}"
+    yield f"{path}: there is no whole checkpoint in {path / CHECKPOINTS}"
 
 
 def open_model_folder(path: Path, *, dtype: Dtype | None = None) -> HuggingFaceFolder | RunFolder:
@@ -186,6 +201,8 @@ def read_texts(folder: HuggingFaceFolder | RunFolder, vocab_size: int) -> Texts:
             f"{folder.path}: the tokenizer has {texts.tokenizer.vocab_size:,} tokens, more than the model's "
             f"vocab_size={vocab_size:,}; they do not belong together"
         )
+    if outside := [token for token in texts.eos_ids if not 0 <= token < vocab_size]:
+        raise ModelFolderError(f"{folder.path}: eos_token_id {outside[0]} is not in the vocabulary of {vocab_size:,}")
     return texts
 
 
@@ -219,8 +236,10 @@ def _read_text_files(folder: Path, fields: Mapping[str, Any]) -> Texts:
         tokenizer = FileTokenizer.open(path, bos=_first_token(path), eos=eos)
     generation = read_json(folder / "generation_config.json")
     ends = generation.get("eos_token_id", fields.get("eos_token_id"))
-    ends = ends if isinstance(ends, list) else [ends]
-    return Texts(tokenizer, folder, _chat_template(folder, settings), special, tuple(e for e in ends if type(e) is int))
+    ends = [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
+    if wrong := [token for token in ends if type(token) is not int]:
+        raise ModelFolderError(f"{folder}: eos_token_id {wrong[0]!r} is no token id")
+    return Texts(tokenizer, folder, _chat_template(folder, settings), special, tuple(ends))
 
 
 def _first_token(path: Path) -> str:
@@ -232,7 +251,10 @@ def _first_token(path: Path) -> str:
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError:
+            raise ModelFolderError(f"{path}: not UTF-8 text") from None
     template = read_json(folder / "chat_template.json").get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):  # several by name
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
@@ -254,7 +276,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise ModelFolderError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path}: not a JSON object")

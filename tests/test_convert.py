@@ -1,8 +1,9 @@
 """Converting: bit-exact there and back, whole or not there, and a line for everything that is wrong."""
 
-import functools
 import json
-import pathlib
+import os
+import shutil
+import struct
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lightning_jax import convert, import_export, train
 from lightning_jax.checkpoints import CheckpointConfig, Checkpoints
+from lightning_jax.checkpoints.fingerprint import block_sums
 from lightning_jax.trained_model import load_model
 
 
@@ -43,8 +45,8 @@ def test_there_and_back_is_bit_exact(tmp_path, name, dtype, monkeypatch):
     assert run(tmp_path / "run", tmp_path / "back") == 0
     assert_equal_bytes(tensors_in(tmp_path / "back"), tensors)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert {key: written.get(key) for key in fields if key not in ("auto_map", "torch_dtype")} == {
-        key: value for key, value in fields.items() if key not in ("auto_map", "torch_dtype")
+    assert {key: written.get(key) for key in fields if key != "torch_dtype"} == {
+        key: value for key, value in fields.items() if key != "torch_dtype"
     }
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
@@ -91,6 +93,20 @@ class Killed(Exception):
     """As if the process had been killed."""
 
 
+def interrupt_after(blocks, monkeypatch):
+    """Kills the conversion after so many blocks; the places of those that it did."""
+    real, done = block_sums, []
+
+    def until(block, start):
+        if len(done) == blocks:
+            raise Killed
+        done.append(start)
+        return real(block, start)
+
+    monkeypatch.setattr(import_export, "block_sums", until)
+    return done
+
+
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_an_interrupted_conversion_goes_on_and_is_not_there_until_it_is_whole(tmp_path, direction, monkeypatch, capsys):
     tensors = released_models.weights(RELEASED)
@@ -98,15 +114,7 @@ def test_an_interrupted_conversion_goes_on_and_is_not_there_until_it_is_whole(tm
     if direction == "export":
         assert run(source, tmp_path / "run") == 0
         source = tmp_path / "run"
-    block_sums, done = import_export.block_sums, []
-
-    def until(most, block, start):
-        if len(done) == most:
-            raise Killed
-        done.append(start)
-        return block_sums(block, start)
-
-    monkeypatch.setattr(import_export, "block_sums", functools.partial(until, 40))
+    done = interrupt_after(40, monkeypatch)
     monkeypatch.setattr(import_export, "SYNC_ELEMENTS", 1000)
     with pytest.raises(Killed):
         run(source, target)
@@ -114,12 +122,58 @@ def test_an_interrupted_conversion_goes_on_and_is_not_there_until_it_is_whole(tm
     working = tmp_path / "target.converting"
     recorded = len(json.loads((working / "journal.json").read_text())["sums"])
     assert 20 < recorded < 40
-    monkeypatch.setattr(import_export, "block_sums", functools.partial(until, 10**9))
+    done = interrupt_after(10**9, monkeypatch)
     capsys.readouterr()
     assert run(source, target) == 0
     assert f"going on after {recorded} of " in capsys.readouterr().err
-    assert len(done) == len(tensors) + 40 - recorded
+    assert len(done) == len(tensors) - recorded
     assert not working.exists()
+    if direction == "import":
+        assert run(target, tmp_path / "back") == 0
+        target = tmp_path / "back"
+    assert_equal_bytes(tensors_in(target), tensors)
+
+
+def oldest_of_weights(working):
+    files = [file for file in working.rglob("*") if file.suffix == ".safetensors" or file.parent.name == "d"]
+    return min(files, key=lambda file: file.stat().st_mtime_ns)
+
+
+def lose_a_file(working):
+    oldest_of_weights(working).unlink()
+
+
+def cut_a_file(working):
+    os.truncate(oldest_of_weights(working), 100)
+
+
+def lose_all_but_the_journal(working):
+    for path in working.iterdir():
+        if path.name != "journal.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def damage_the_journal(working):
+    (working / "journal.json").write_text('{"identity": "')
+
+
+@pytest.mark.parametrize("damage", [lose_a_file, cut_a_file, lose_all_but_the_journal, damage_the_journal])
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_an_interrupted_conversion_that_lost_files_starts_over(tmp_path, direction, damage, monkeypatch, capsys):
+    tensors = released_models.weights(LLAMA)
+    source, target = released_models.write(tmp_path / "theirs", LLAMA, tensors), tmp_path / "target"
+    if direction == "export":
+        assert run(source, tmp_path / "run") == 0
+        source = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(import_export, "SYNC_ELEMENTS", 1000)
+        interrupt_after(10, patch)
+        with pytest.raises(Killed):
+            run(source, target)
+    damage(tmp_path / "target.converting")
+    capsys.readouterr()
+    assert run(source, target) == 0
+    assert "going on" not in capsys.readouterr().err
     if direction == "import":
         assert run(target, tmp_path / "back") == 0
         target = tmp_path / "back"
@@ -192,6 +246,14 @@ DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json: missing"]),
     "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json: not JSON"]),
     "another architecture": (change_config(model_type="gpt2"), ["model_type: 'gpt2' is no architecture of ours"]),
+    "fields of other types": (
+        change_config(model_type=["llama"]),
+        ["config.json: model_type: ['llama'] is no architecture of ours"],
+    ),
+    "rope of another type": (
+        change_config(rope_parameters="default"),
+        ["config.json: rope_parameters: 'default' is str; it should be a dict"],
+    ),
     "fields missing": (
         change_config(hidden_size="delete", vocab_size="many"),
         ["config.json: vocab_size: 'many' is wrong; it should be a number", "config.json: hidden_size: missing"],
@@ -229,6 +291,46 @@ DAMAGES = {
     "tokenizer config not JSON": (
         lambda folder: (folder / "tokenizer_config.json").write_text("["),
         ["tokenizer_config.json: not JSON"],
+    ),
+    "config nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        ["config.json: not JSON"],
+    ),
+    "header nested without end": (
+        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 90_000) + b"[" * 90_000),
+        ["model.safetensors: its header is not JSON"],
+    ),
+    "index nested without end": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
+        ["not an index; it should be a JSON object with a weight_map"],
+    ),
+    "names that write lines": (
+        change_tensors(lambda tensors: tensors.update({"a\nerror: \x1b[31m": np.zeros(3, np.float32)})),
+        [r"tensor 'a\nerror: \x1b[31m' has characters that cannot be printed"],
+    ),
+    "a pipe instead of a shard": (
+        lambda folder: [index(a="model-2.safetensors")(folder), os.mkfifo(folder / "model-2.safetensors")],
+        ["model-2.safetensors: not a file"],
+    ),
+    "text file leads out": (
+        lambda folder: (folder / "merges.txt").symlink_to(__file__),
+        ["merges.txt: a link to "],
+    ),
+    "template not text": (
+        lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff\xfe"),
+        ["chat_template.jinja: not UTF-8 text"],
+    ),
+    "eos is no token": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [2, 48]}'),
+        ["eos_token_id 48 is not in the vocabulary of 48"],
+    ),
+    "eos is no number": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        ["eos_token_id '</s>' is no token id"],
+    ),
+    "target cannot be made": (
+        lambda folder: (folder.parent / "run.converting").write_text(""),
+        ["run.converting: File exists"],
     ),
     "a run without checkpoint": (
         lambda folder: (folder / "checkpoints").mkdir(),
@@ -276,8 +378,10 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
     manifest = json.loads((step / "MANIFEST.json").read_text())
     small = manifest["files"][str(large.relative_to(step))]["crc32"] is not None
     assert run(tmp_path / "run", tmp_path / "back") == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ("no whole checkpoint" if small else "another fingerprint") in line
+    errors = capsys.readouterr().err
+    assert (
+        f"checkpoint 0 cannot be used: file {large.relative_to(step)} was altered" if small else "fingerprint"
+    ) in errors
     assert not (tmp_path / "back").exists()
 
 
@@ -315,4 +419,5 @@ def test_training_starts_from_an_imported_model_and_its_run_is_exported(tmp_path
     assert {name: tensor.shape for name, tensor in tensors_in(tmp_path / "back").items()} == {
         name: tensor.shape for name, tensor in tensors.items()
     }
-    assert pathlib.Path(tmp_path / "back" / "generation_config.json").exists()
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).exists()

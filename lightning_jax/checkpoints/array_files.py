@@ -14,6 +14,9 @@ from etils import epath
 
 from lightning_jax.checkpoints.manifest import DamagedError
 
+# A part of an array is read without the rest of it, as export does matrix by matrix: no chunk has more than one matrix
+# of a stack, nor more bytes than this.
+CHUNK_BYTES = 16 << 20
 # What Orbax reports when the machine, not the checkpoint, is at fault.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
@@ -31,7 +34,12 @@ class ArrayFiles:
         On return the arrays may be donated. The result waits for the files of this process and raises what went wrong.
         Must not be called from a thread with a running event loop.
         """
-        save = self._handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(dict(arrays)))
+        chunks = {
+            path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(array.ndim - 2)))
+            for path, array in arrays.items()
+        }
+        args = ocp.args.PyTreeSave(dict(arrays), save_args=chunks)
+        save = self._handler.async_save(epath.Path(folder), args=args)
         futures = asyncio.run(save) or []
 
         def finish() -> None:

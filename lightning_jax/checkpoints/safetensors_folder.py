@@ -82,7 +82,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     problems = []
     for name, expected in files.items():
         try:
-            _check_place(folder, name)
+            check_place(folder, name)
             found = read_header(folder / name)
         except SafetensorsError as error:
             problems.append(str(error))
@@ -103,10 +103,11 @@ def _indexed(folder: Path) -> dict[str, set[str]]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise SafetensorsError(f"{path}: not an index; it should be a JSON object with a weight_map") from None
     files: dict[str, set[str]] = {}
     for tensor, file in pairs.items():
+        _check_name(path, tensor)
         files.setdefault(file, set()).add(tensor)
     outside = sorted(name for name in files if PurePath(name).name != name or not name.endswith(".safetensors"))
     if outside:
@@ -115,11 +116,11 @@ def _indexed(folder: Path) -> dict[str, set[str]]:
     return files
 
 
-def _check_place(folder: Path, name: str) -> None:
+def check_place(folder: Path, name: str) -> None:
     """Raises where a file is missing or a link leads out of the folder; into the hub cache's own blobs it may."""
     path = folder / name
-    if not path.exists():
-        raise SafetensorsError(f"{path}: missing")
+    if not path.is_file():
+        raise SafetensorsError(f"{path}: {'not a file' if path.exists() else 'missing'}")
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":
         allowed.append((folder.parent.parent / "blobs").resolve())
@@ -140,9 +141,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise SafetensorsError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, SafetensorsError):
-            raise
+    except SafetensorsError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise SafetensorsError(f"{path}: its header is not JSON as safetensors have it: {error}") from None
     if not isinstance(header, dict):
         raise SafetensorsError(f"{path}: its header is not a JSON object")
@@ -163,7 +164,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return {name: tensor for _, _, name, tensor in places}
 
 
+def _check_name(path: Path, name: str) -> None:
+    """Raises where a name, in a message, would write more than itself."""
+    if not name.isprintable():
+        raise SafetensorsError(f"{path}: tensor {name!r} has characters that cannot be printed")
+
+
 def _tensor(path: Path, start: int, name: str, entry: Any) -> tuple[Tensor, int]:
+    _check_name(path, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if all(
             type(size) is int and size >= 0 for size in shape
@@ -212,13 +220,12 @@ def plan(
 
 
 def create(planned: Mapping[str, Tensor]) -> None:
-    """Makes the files of a plan, with headers and room for the data; those that are there stay as they are."""
+    """Makes the files of a plan, with headers and room for the data; data that are there stay as they are."""
     for path, names in _files(planned).items():
         tensors = [(name, planned[name].shape, planned[name].dtype) for name in names]
-        with open(path, "ab") as file:
-            if file.tell() == 0:
-                file.write(_header(tensors))
-                file.truncate(planned[names[-1]].offset + planned[names[-1]].nbytes)
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.write(_header(tensors))
+            file.truncate(planned[names[-1]].offset + planned[names[-1]].nbytes)
 
 
 def write_index(folder: Path, planned: Mapping[str, Tensor]) -> None:

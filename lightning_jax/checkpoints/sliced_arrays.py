@@ -15,6 +15,11 @@ from lightning_jax.checkpoints.array_files import one_line
 from lightning_jax.checkpoints.manifest import CheckpointError, Leaf
 
 TREE = "_METADATA"  # Orbax's description of the arrays' names
+# Every commit is a file, and stores nodes of the database's tree anew: at the 8 MB that they may have and a commit for
+# every block they would outgrow the arrays.
+NODE_BYTES = 65536
+BLOCKS_PER_COMMIT = 4
+CHUNKS_AT_ONCE = 4
 
 
 class SlicedArrays:
@@ -22,9 +27,16 @@ class SlicedArrays:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        # What is decoded is not kept: every block is wanted once. Syncing is for whoever knows when it is worth it.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+        # What is decoded is not kept: every block is wanted once.
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": 0},
+                "file_io_concurrency": {"limit": CHUNKS_AT_ONCE},
+                "data_copy_concurrency": {"limit": CHUNKS_AT_ONCE},
+            }
+        )
         self._open: dict[str, ts.TensorStore] = {}
+        self._pending: list[tuple[str, ts.WriteFutures]] = []
 
     def create(self, arrays: Mapping[str, Leaf], chunks: Mapping[str, tuple[int, ...]]) -> None:
         """Makes empty arrays, stored in chunks of these shapes; those that are there stay as they are."""
@@ -37,9 +49,12 @@ class SlicedArrays:
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
                 "fill_value": 0.0,
             }
-            self._open[path] = ts.open(
-                self._spec(path) | {"metadata": metadata}, create=True, open=True, context=self._context
-            ).result()
+            spec = self._spec(path) | {"metadata": metadata}
+            spec["kvstore"]["config"] = {"max_decoded_node_bytes": NODE_BYTES}
+            try:
+                self._open[path] = ts.open(spec, create=True, open=True, context=self._context).result()
+            except (ValueError, OSError) as error:
+                raise self._unusable(path, "created", error) from None
         values = {
             str((path,)): {
                 "key_metadata": [{"key": path, "key_type": 2}],
@@ -55,20 +70,41 @@ class SlicedArrays:
         (self._folder / TREE).write_text(json.dumps(tree | {"store_array_data_equal_to_fill_value": True}))
 
     def write(self, path: str, start: tuple[int, ...], block: np.ndarray) -> None:
-        """Writes a block, which has all axes of the array, at its place."""
-        self._array(path)[_slices(start, block.shape)].write(block).result()
+        """Begins to write a block, which has all axes of the array, at its place; it must not change until `flush`."""
+        self._pending.append((path, self._array(path)[_slices(start, block.shape)].write(block)))
+        if len(self._pending) == BLOCKS_PER_COMMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits until all blocks are in the files. Raises CheckpointError where one cannot be written."""
+        pending, self._pending = self._pending, []
+        for path, future in pending:
+            try:
+                future.result()
+            except (ValueError, OSError) as error:
+                raise self._unusable(path, "written", error) from None
+
+    def chunk_shape(self, path: str) -> tuple[int, ...]:
+        """The least that can be read of an array."""
+        return tuple(self._array(path).chunk_layout.read_chunk.shape)
 
     def read(self, path: str, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-        """The block of a shape, with all axes of the array, at a place."""
-        return np.asarray(self._array(path)[_slices(start, shape)].read().result())
+        """The block of a shape, with all axes of the array, at a place. Raises CheckpointError where it is damaged."""
+        try:
+            return np.asarray(self._array(path)[_slices(start, shape)].read().result())
+        except (ValueError, OSError) as error:
+            raise self._unusable(path, "read", error) from None
 
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self._open:
             try:
                 self._open[path] = ts.open(self._spec(path), open=True, context=self._context).result()
-            except ValueError as error:
-                raise CheckpointError(f"{self._folder}: {path} cannot be read: {one_line(error)}") from None
+            except (ValueError, OSError) as error:
+                raise self._unusable(path, "read", error) from None
         return self._open[path]
+
+    def _unusable(self, path: str, done: str, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self._folder}: {path} cannot be {done}: {one_line(error)}")
 
     def _spec(self, path: str) -> dict[str, Any]:
         store = {"driver": "ocdbt", "base": f"file://{self._folder.absolute()}", "path": f"{path}/"}

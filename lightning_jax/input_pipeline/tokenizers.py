@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens give none, bytes that are not UTF-8 give U+FFFD."""
 
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json, with which Hugging Face's libraries give the ids of `encode_special`."""
+
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The ids of one text, without bos and eos."""
@@ -97,6 +100,19 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
+
+    def save(self, path: Path) -> None:
+        # Byte-level BPE without a merge. Its symbols: a byte's character in Latin-1, or where that is not printable, in
+        # the order of the bytes, the characters from U+0100 on.
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        latin, other = ([symbol for symbol in alphabet if (ord(symbol) < 256) is low] for low in (True, False))
+        unprintable = iter(other)
+        vocabulary = {chr(byte) if chr(byte) in latin else next(unprintable): byte for byte in range(256)}
+        backend = Backend(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(list(self.special_tokens))
+        backend.save(str(path))
 
 
 class FileTokenizer:
@@ -152,7 +168,6 @@ class FileTokenizer:
         return functools.partial(type(self), bos=self._bos, eos=self._eos), (self._definition, self._name)
 
     def save(self, path: Path) -> None:
-        """Writes the tokenizer.json."""
         path.write_text(self._definition, encoding="utf-8")
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:

@@ -81,7 +81,7 @@ class HuggingFaceError(UserError):
 def architecture(fields: Mapping[str, Any]) -> Architecture:
     """Which of the configs we know a config.json is. Raises HuggingFaceError where it is none."""
     model_type = fields.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise HuggingFaceError(f"config.json: model_type: {model_type!r} is no architecture of ours; known: {known}")
     return MODEL_TYPES[model_type]
@@ -135,11 +135,12 @@ def read_config(fields: Mapping[str, Any], dtype: Literal["float32", "bfloat16"]
 def _read_minimax(reader: "_Reader", family: Architecture, head_dim: int, num_layers: int) -> dict[str, Any]:
     fields = reader.fields
     name = "attn_type_list" if family == "released" else "layer_types"
-    kinds = [LAYER_KINDS[family].get(kind) for kind in reader.required(name, list) or []]
+    listed = reader.required(name, list) or []
+    kinds = [LAYER_KINDS[family].get(kind) if isinstance(kind, int | str) else None for kind in listed]
     if None in kinds or len(kinds) != num_layers:
         known = " or ".join(map(repr, LAYER_KINDS[family]))
         reader.problems.append(f"{name}: not {known} for each of {num_layers} layers")
-    default_rotary = head_dim if family == "released" else int(head_dim * (fields.get("partial_rotary_factor") or 1.0))
+    share = 1.0 if family == "released" else reader.number("partial_rotary_factor", float, 1.0)
     residual = {}
     for scale in ("alpha", "beta"):
         names = _residual_names(family, scale, set(kinds))
@@ -151,7 +152,7 @@ def _read_minimax(reader: "_Reader", family: Architecture, head_dim: int, num_la
     post = family == "transformers" or bool(fields.get("postnorm", False))
     return {
         "layer_pattern": _period(kinds),
-        "rotary_dim": reader.number("rotary_dim", int, default_rotary),
+        "rotary_dim": reader.number("rotary_dim", int, int(head_dim * share)),
         "norm_placement": "post" if post else "pre",
         **residual,
     }
@@ -166,7 +167,10 @@ def _residual_names(family: Architecture, scale: str, kinds: set[LayerKind | Non
 def _read_rope(reader: "_Reader", family: Architecture) -> tuple[float, RopeScaling | None]:
     """The rotary base and its scaling: in `rope_parameters`, or in older files in fields of their own."""
     fields = reader.fields
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if fields.get(name) is not None:
+            rope |= reader.required(name, dict) or {}
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     reader = _Reader({**rope, "rope_theta": theta}, reader.problems)
     defaults = {"llama": 1e4, "transformers": 1e6, "released": 1e6}
@@ -248,7 +252,6 @@ def write_config(
     model_type = known if MODEL_TYPES.get(known) == family else next(t for t, f in MODEL_TYPES.items() if f == family)
     kept = dict(original) if model_type == known else {k: original[k] for k in KEPT_TOKENS if k in original}
     kept.pop("torch_dtype", None)
-    kept.pop("auto_map", None)  # names code that does not come along
     written = {
         **kept,
         "architectures": [CLASSES[model_type]],
@@ -319,8 +322,13 @@ def _not_expressible(config: ModelConfig, family: Architecture) -> list[str]:
 
 
 def caveats(config: ModelConfig, family: Architecture) -> list[str]:
-    """Where the other side's own code is known to compute another model than the file describes, one line each."""
+    """Where the other side's own code is known not to compute the model that the file describes, one line each."""
     found = []
+    if family == "released":
+        found.append(
+            "transformers reads this config.json only with the code that was released with the model: put its *.py "
+            "files beside it and trust_remote_code, or export with --names=transformers"
+        )
     if family == "transformers" and "softmax" in config.layer_kinds() and config.rotary_dim != config.head_dim:
         found.append(
             f"transformers (5.23 and before) rotates whole heads and ignores rotary_dim={config.rotary_dim}: "

@@ -41,6 +41,30 @@ def test_any_text_comes_back(kind, text):
     assert TOKENIZERS[kind].decode(encode(TOKENIZERS[kind], text)) == text
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each tokenizer as Hugging Face's library reads it from its tokenizer.json."""
+    path = tmp_path_factory.mktemp("saved") / "tokenizer.json"
+
+    def read(tokenizer):
+        tokenizer.save(path)
+        return Backend.from_file(str(path))
+
+    return {kind: read(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)
+@given(text=UNICODE, special=st.booleans())
+def test_what_is_saved_gives_the_same_ids_and_texts(saved, kind, text, special):
+    if special:
+        text += "<|endoftext|>" + text
+    ids = TOKENIZERS[kind].encode_special(text)
+    np.testing.assert_array_equal(saved[kind].encode(text).ids, ids)
+    assert saved[kind].decode(list(ids)) == TOKENIZERS[kind].decode(ids)
+    assert saved[kind].decode([255, *ids]) == TOKENIZERS[kind].decode([255, *ids])
+
+
 def test_byte_ids_are_the_bytes():
     tokenizer = ByteTokenizer(config("bytes", bos="<s>"))
     assert encode(tokenizer, "aß").tolist() == [97, 0xC3, 0x9F]
