@@ -174,13 +174,14 @@ def _kernel(
             to_state = transpose(k.at[stage]), decayed_v.at[warpgroup]
             # All that is read of a stage is read before the fence of commit_smem, which orders it against the copies to
             # come.
-            entering_CW, across = across_columns(chunk.entering(), plan.columns), chunk.across()
+            across = chunk.across()
             if q is None:
                 plgpu.commit_smem()
                 (added_KW,) = matmuls(to_state)
                 state_KW = across * state_KW + added_KW
                 plgpu.barrier_arrive(used.at[stage])
                 return state_KW
+            entering_CW = across_columns(chunk.entering(), plan.columns)
             (scores_CC,) = matmuls((q.at[stage], transpose(k.at[stage])))
             scores[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
             plgpu.commit_smem()

@@ -25,6 +25,9 @@ needs_plugin = pytest.mark.skipif(
     reason="needs the compiler for GPUs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, and ptxas",
 )
 
+# The cache of compiled programs cannot be read without a device to load them on.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
 # Bytes per thread that the compiler keeps in memory for want of registers, at most; none where nothing is said. With
 # documents a sweep of 64 columns, or of a head of 256 dims, misses up to ten registers.
 SPILLS = {(96, 64, True): 8, (128, 64, True): 40, (256, 32, True): 48}
