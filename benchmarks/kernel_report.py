@@ -89,7 +89,8 @@ def _speed(timed: dict[str, Any], name: str, case: Case, itemsize: int) -> list[
     cached = "*" if needed.bytes < CACHE else ""
     share = "" if name in SOFTMAX or not timed["floor"] else f"{timed['floor'] / seconds:.0%}{cached}"
     rate = "" if name in SOFTMAX else f"{needed.bytes / seconds / 1e9:,.0f}"
-    return [f"{1e3 * seconds:,.3f}", f"{needed.operations / seconds / 1e12:,.1f}", rate, share]
+    operations = needed.operations / seconds / 1e12
+    return [f"{1e3 * seconds:,.3f}", f"{operations:,.1f}" if operations >= 1 else f"{operations:.3f}", rate, share]
 
 
 def _backward(forward: dict[str, Any], training: dict[str, Any], name: str) -> list[str]:
