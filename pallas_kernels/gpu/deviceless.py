@@ -59,7 +59,7 @@ class KernelResources(NamedTuple):
 
 
 def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200") -> list[KernelResources]:
-    """Of each Mosaic GPU kernel in `function` of these arguments (trees of shapes and dtypes), in the compiler's order.
+    """Of each Mosaic GPU kernel in `function` of these arguments (trees of shapes and dtypes), by name.
 
     Raises:
       RuntimeError: the plugin is not installed, or a kernel does not compile.
@@ -73,8 +73,12 @@ def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
     with tempfile.TemporaryDirectory() as folder:
         with _dumps_in(folder):
-            jax.jit(function).lower(*arguments).compile()
-        return [_read(report) for report in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+            # A function that JAX has not seen before, since what it has in its caches would not be dumped.
+            jax.jit(lambda *x: function(*x)).lower(*arguments).compile()
+        return [
+            _read(report, estimate)
+            for report, estimate in zip(_dumps(folder, ".ptxas"), _dumps(folder, ".resources.txt"), strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -86,10 +90,19 @@ def _dumps_in(folder: str) -> Iterator[None]:
         del os.environ["MOSAIC_GPU_DUMP_TO"]
 
 
-def _read(report: pathlib.Path) -> KernelResources:
-    text = report.read_text()
-    [name] = re.findall(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
-    [(stores, loads)] = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    [registers] = re.findall(r"Used (\d+) registers", text)
-    [shared_memory] = re.findall(r"smem_scratch_bytes=(\d+)", report.with_suffix(".resources.txt").read_text())
+def _dumps(folder: str, suffix: str) -> list[str]:
+    """Files named KERNEL_NUMBER.suffix, by kernel and number; JAX and its compiler each count in their own order."""
+
+    def key(path):
+        name, _, number = path.name.removesuffix(suffix).rpartition("_")
+        return name, int(number)
+
+    return [path.read_text() for path in sorted(pathlib.Path(folder).glob("*" + suffix), key=key)]
+
+
+def _read(report: str, estimate: str) -> KernelResources:
+    [name] = re.findall(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", report)
+    [(stores, loads)] = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    [registers] = re.findall(r"Used (\d+) registers", report)
+    [shared_memory] = re.findall(r"smem_scratch_bytes=(\d+)", estimate)
     return KernelResources(name, int(registers), int(stores), int(loads), int(shared_memory))

@@ -20,7 +20,7 @@ from pallas_kernels.varying import vary_like
 
 # Axes of the grid, and of the warpgroups in a thread block; meshes around the kernel have other names.
 HEAD, PIECE, COLUMNS, WARPGROUP = "kernel_head", "kernel_piece", "kernel_columns", "kernel_warpgroup"
-# Three warpgroups of 128 threads share out 64 Ki registers: 128 * (2 * 240 + 24) of them.
+# Three warpgroups of 128 threads have 168 registers per thread at launch, and trade them: 2 * 240 + 24 = 3 * 168.
 REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 240, 24
 MOST_STAGES = 4  # chunks loaded ahead
 
@@ -132,7 +132,8 @@ def _kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
+        if q is not None:
+            plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
 
         def load(step, _):
             stage, tokens = lax.rem(step, stages), pl.ds(start(step), CHUNK)
@@ -158,7 +159,8 @@ def _kernel(
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
+        if q is not None:
+            plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
         log_decay = log_decay_H[h]
         decays_CC = decays_within(log_decay, reverse=reverse)
         columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)

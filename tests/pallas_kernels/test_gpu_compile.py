@@ -29,8 +29,8 @@ needs_plugin = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 # Bytes per thread that the compiler keeps in memory for want of registers, at most; none where nothing is said. With
-# documents a sweep of 64 columns, or of a head of 256 dims, misses up to ten registers.
-SPILLS = {(96, 64, True): 8, (128, 64, True): 40, (256, 32, True): 48}
+# documents a sweep of 64 columns, or of a head of 256 dims, misses a dozen registers; the README has the table.
+SPILLS = {(96, 64, True): 8, (128, 64, True): 28, (256, 32, True): 52}
 
 
 def arrays(batch, length, heads, dim, documents):
@@ -78,7 +78,7 @@ def test_every_plan_compiles_without_spills_but_those_stated(dim, heads, documen
     spills = SPILLS.get((dim, plan.columns, documents), 0)
     for kernel in kernels:
         assert max(kernel.spill_stores, kernel.spill_loads) <= spills, kernel
-        assert kernel.registers == 168, kernel  # what 384 threads can have at the start
+        assert kernel.registers <= 168, kernel  # what 384 threads can have at the start
         assert kernel.shared_memory <= 232448 - 1024, kernel
 
 
