@@ -85,7 +85,7 @@ def sweep(
             "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="lightning_attention_sweep" if outputs else "lightning_attention_states",
+        kernel_name=f"lightning_attention_{'reverse_' * reverse}{'sweep' if outputs else 'states'}",
     )(q_BTHK, k_BTHK, v_BTHV, log_decay_H, borders_B2S, entering_BPHKV)
     # A Mosaic GPU kernel types its results as varying over no mesh axis.
     o_BTHV = vary_like(o_BTHV, v_BTHV) if outputs else None

@@ -74,7 +74,9 @@ def test_every_plan_compiles_without_spills_but_those_stated(dim, heads, documen
     plan = choose_plan(1, length, heads, dim)
     assert (plan.pieces > 1) == (heads == 4)
     kernels = resources(gradients_by(plan), *arrays(1, length, heads, dim, documents))
-    assert len(kernels) == (6 if heads == 4 else 4)
+    sweeps = {"lightning_attention_sweep", "lightning_attention_reverse_sweep"}
+    states = {"lightning_attention_states", "lightning_attention_reverse_states"}
+    assert {kernel.name for kernel in kernels} == sweeps | (states if heads == 4 else set())
     spills = SPILLS.get((dim, plan.columns, documents), 0)
     for kernel in kernels:
         assert max(kernel.spill_stores, kernel.spill_loads) <= spills, kernel
