@@ -1,6 +1,7 @@
 """The steps of `kernels.py`, each of which asks the processes that compute and puts their answers on record."""
 
 import collections
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from sides import ON_THE_CPU, Answers, Side, take_turns
 
 ROUNDS, ROUNDS_OF_LONG_ROWS = 5, 3
 LONG_ROW = 65_536
-ONLY_BF16 = ("pallas_gpu",)
 LONGEST_SOFTMAX = 131_072
-SLOWEST_ANSWER = 100  # seconds, compilation included; then the process is given up
+# flash-linear-attention tries some hundred variants of its kernels for each number of heads and dims: minutes.
+TUNED = [Case(1, heads, 128, 8192) for heads in (64, 16)]
+SLOWEST_ANSWER = 80  # seconds, compilation included; then the process is given up
+LONGEST_TUNING = 200
+LONGEST_SEARCH = 150
 MOST_LOSSES = 2  # of processes; then the implementation is given up
-LONGEST_SEARCH = 120  # seconds
-COMPARED = Case(1, 2, 128, 96)  # of which every implementation of one function must give one result
+COMPARED = Case(1, 64, 128, 96)  # of which every implementation of one function must give one result
 SEARCH_FOR_RACES = ["-m", "pytest", "-q", "-k", "race", "-p", "no:cacheprovider", "tests/pallas_kernels"]
 
 
@@ -65,8 +68,11 @@ class Benchmark:
         self._ours, self._theirs, self._compilers, self._deadline = ours, theirs, compilers, deadline
         self._sides: dict[str, Worker] = {}  # by implementation
         self._losses = collections.Counter()  # of processes, by implementation
+        self._tuned: set[tuple[str, int, int]] = set()  # implementation, heads, dim
+        self._threads = concurrent.futures.ThreadPoolExecutor()
+        self._meanwhile: list[concurrent.futures.Future] = []
         self.record: dict[str, Any] = {
-            "device": {"platform": "none", "kind": "none", "dtype": "none", "implementations": []},
+            "device": dict.fromkeys(("platform", "kind", "dtype", "auto"), "none") | {"implementations": []},
             "rates": None,
             **{name: [] for name in ("numerics", "same_function", "same_bits", "races", "times", "tpu", "gpu")},
             **{name: [] for name in ("failures", "left_out", "missing")},
@@ -79,6 +85,9 @@ class Benchmark:
         sides = {"jax": self._ours, "torch": self._theirs, "compilers": self._compilers}
         return {name: side.versions for name, side in sides.items() if side.versions}
 
+    def lightning_of_ours(self) -> list[str]:
+        return [name for name, side in self._sides.items() if side is self._ours and name not in SOFTMAX]
+
     def begin(self, torch: bool) -> None:
         """Which device there is, who runs on it, and what rates it reaches."""
         device = self._ask(self._ours, do="device")
@@ -86,21 +95,52 @@ class Benchmark:
             return
         self.record["device"] = device
         self._sides = dict.fromkeys(device["implementations"], self._ours)
-        beside = self._ask(self._theirs, do="device") if torch else None
-        if beside:
-            self._sides |= dict.fromkeys(beside["implementations"], self._theirs)
         if device["platform"] != "cpu":  # whose caches and chunks are not those of the floors
             self.record["rates"] = self._ask(self._ours, do="rates")
+        # What takes minutes and is not timed goes on beside the checks.
+        self._meanwhile = [self._threads.submit(self._search_for_races)]
+        if torch:
+            self._meanwhile.append(self._threads.submit(self._tune))
 
-    def check(self, case: Case, dtype: str) -> None:
-        for name in self._lightning_of_ours():
-            if name in ONLY_BF16 and dtype != "bfloat16":
-                continue
-            errors = self._ask(self._ours, do="numerics", implementation=name, case=case, dtype=dtype)
-            if errors:
-                self.record["numerics"].append(
-                    {"implementation": name, "case": case._asdict(), "dtype": dtype, "errors": errors}
-                )
+    def meet(self) -> None:
+        """Waits for what `begin` has started, so that it disturbs no time."""
+        for each in self._meanwhile:
+            each.result()
+
+    def _tune(self) -> None:
+        beside = self._ask(self._theirs, do="device") or {"implementations": []}
+        for case in TUNED:
+            for name in filter(tunes_itself, beside["implementations"]):
+                question = {"do": "time", "implementation": name, "direction": "training", "case": case}
+                if self._ask(self._theirs, LONGEST_TUNING, **question) is not None:
+                    self._tuned.add((name, case.heads, case.dim))
+        self._sides |= dict.fromkeys(beside["implementations"], self._theirs)
+
+    def _search_for_races(self) -> None:
+        """By the tests, in the interpreter of each backend; their last line is the result."""
+        try:
+            done = subprocess.run(
+                ["nice", sys.executable, *SEARCH_FOR_RACES],
+                cwd=Path(__file__).parents[1],
+                env=os.environ | ON_THE_CPU,
+                timeout=max(0, min(LONGEST_SEARCH, self.remaining())),
+                capture_output=True,
+                text=True,
+            )
+            self.record["races"].append(done.stdout.strip().splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            self.record["left_out"].append("the search for races, which took too long")
+
+    def check(self, name: str, case: Case, dtype: str) -> None:
+        errors = self._ask(self._ours, do="numerics", implementation=name, case=case, dtype=dtype)
+        if errors:
+            found = {"implementation": name, "case": case._asdict(), "dtype": dtype, "errors": errors}
+            self.record["numerics"].append(found)
+
+    def repeat(self, name: str, case: Case) -> None:
+        same = self._ask(self._ours, do="repeat", implementation=name, case=case)
+        if same is not None:
+            self.record["same_bits"].append({"implementation": name, "case": case._asdict(), "same": same})
 
     def compare(self) -> None:
         """Whether all implementations of lightning attention give one result, and all of softmax attention."""
@@ -108,38 +148,14 @@ class Benchmark:
             name: self._ask(side, do="output", implementation=name, case=COMPARED) for name, side in self._sides.items()
         }
         for softmax in (False, True):
-            known = {name: np.array(o) for name, o in outputs.items() if o and (name in SOFTMAX) == softmax}
-            for name, o in list(known.items())[1:]:
-                first = next(iter(known.values()))
+            known = [(name, np.array(o)) for name, o in outputs.items() if o and (name in SOFTMAX) == softmax]
+            for name, o in known[1:]:
+                beside, first = known[0]
                 error = float(np.linalg.norm(o - first) / np.linalg.norm(first))
-                self.record["same_function"].append(
-                    {"implementation": name, "beside": next(iter(known)), "error": error}
-                )
-
-    def repeat(self, case: Case) -> None:
-        for name in self._lightning_of_ours():
-            same = self._ask(self._ours, do="repeat", implementation=name, case=case)
-            if same is not None:
-                self.record["same_bits"].append({"implementation": name, "case": case._asdict(), "same": same})
-
-    def search_for_races(self) -> None:
-        """By the tests, in the interpreter of each backend; their last line is the result."""
-        command = ["nice", sys.executable, *SEARCH_FOR_RACES]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=Path(__file__).parents[1],
-                env=os.environ | ON_THE_CPU,
-                timeout=min(LONGEST_SEARCH, self.remaining()),
-                capture_output=True,
-                text=True,
-            )
-            self.record["races"].append(done.stdout.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            self.record["left_out"].append("the search for races, which was cut")
+                self.record["same_function"].append({"implementation": name, "beside": beside, "error": error})
 
     def time(self, case: Case) -> None:
-        sides = {name: side for name, side in self._sides.items() if takes(name, case)}
+        sides = {name: side for name, side in self._sides.items() if self._takes(name, case)}
         for direction in ("forward", "training"):
             questions = {
                 name: partial(self._ask, side, do="time", implementation=name, direction=direction, case=case)
@@ -165,11 +181,11 @@ class Benchmark:
         kernels = self._ask(self._compilers, do="gpu", case=case)
         self.record["gpu"] += [{"case": case._asdict()} | kernel for kernel in kernels or ()]
 
-    def _ask(self, side: Worker, **question: Any) -> Any:
+    def _ask(self, side: Worker, limit: float = SLOWEST_ANSWER, /, **question: Any) -> Any:
         """The answer; without one, None and a failure on record."""
         if self._losses[question.get("implementation")] >= MOST_LOSSES:
             return None
-        reply = side.ask(max(1.0, min(SLOWEST_ANSWER, self.remaining())), **question)
+        reply = side.ask(max(1.0, min(limit, self.remaining())), **question)
         if "error" in reply:
             self._losses[question.get("implementation")] += not reply["usable"]
             asked = " ".join(str(tuple(each) if isinstance(each, Case) else each) for each in question.values())
@@ -177,17 +193,19 @@ class Benchmark:
             print(self.record["failures"][-1], flush=True)
         return reply.get("answer")
 
-    def _lightning_of_ours(self) -> list[str]:
-        return [name for name, side in self._sides.items() if side is self._ours and name not in SOFTMAX]
-
     def _floor(self, case: Case, direction: str) -> float | None:
         rates = self.record["rates"]
         itemsize = {"float32": 4, "bfloat16": 2}[self.record["device"]["dtype"]]
         return floor(case, direction, itemsize, Rates(**rates)) if rates else None
 
+    def _takes(self, implementation: str, case: Case) -> bool:
+        """Documents are timed with ours only, softmax attention up to a length that it finishes in time."""
+        if implementation in SOFTMAX:
+            return case.length <= LONGEST_SOFTMAX and case.documents == 1
+        if tunes_itself(implementation):
+            return (implementation, case.heads, case.dim) in self._tuned and case.documents == 1
+        return True
 
-def takes(implementation: str, case: Case) -> bool:
-    """Documents are timed with ours only, softmax attention up to a length that it finishes in time."""
-    if implementation in SOFTMAX:
-        return case.length <= LONGEST_SOFTMAX and case.documents == 1
-    return case.documents == 1 or not implementation.startswith("fla")
+
+def tunes_itself(implementation: str) -> bool:
+    return implementation.startswith("fla")

@@ -1,5 +1,6 @@
 """The table and the plot of what `kernels.py` found."""
 
+import collections
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,13 @@ HEADLINE = {"batch": 1, "heads": 64, "dim": 128, "documents": 1}  # the cases of
 def lines(record: dict[str, Any]) -> list[str]:
     """Markdown for `recording.write`."""
     device, rates = record["device"], record["rates"]
-    parts = [["# Kernels of lightning attention: numerics, races and speed", "", f"Device: {device['kind']}."]]
+    parts = [
+        [
+            "# Kernels of lightning attention: numerics, races and speed",
+            "",
+            f"Device: {device['kind']}. `auto` is {device['auto']}.",
+        ]
+    ]
     if rates:
         parts[0][-1] += (
             f" It reaches {rates['operations'] / 1e12:,.1f} TFLOP/s in a large {device['dtype']} matmul and "
@@ -82,7 +89,8 @@ def _speed(timed: dict[str, Any], name: str, case: Case, itemsize: int) -> list[
     cached = "*" if needed.bytes < CACHE else ""
     share = "" if name in SOFTMAX or not timed["floor"] else f"{timed['floor'] / seconds:.0%}{cached}"
     rate = "" if name in SOFTMAX else f"{needed.bytes / seconds / 1e9:,.0f}"
-    return [f"{1e3 * seconds:,.3f}", f"{needed.operations / seconds / 1e12:,.1f}", rate, share]
+    operations = needed.operations / seconds / 1e12
+    return [f"{1e3 * seconds:,.3f}", f"{operations:,.1f}" if operations >= 1 else f"{operations:.3f}", rate, share]
 
 
 def _backward(forward: dict[str, Any], training: dict[str, Any], name: str) -> list[str]:
@@ -141,24 +149,25 @@ def _races(record: dict[str, Any]) -> list[str]:
 def _gpu(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    cells = [
-        [
+    kernels = collections.Counter(
+        (
             *_shape(Case(**row["case"])),
             row["name"],
             str(row["registers"]),
             f"{row['spill_stores']} / {row['spill_loads']}",
             f"{row['shared_memory']:,}",
-        ]
+        )
         for row in rows
-    ]
+    )
     return [
         "## GPU kernels, compiled for an H200 without one",
         "",
-        "Registers per thread, bytes spilled, bytes of shared memory per block.",
+        "Of a call forward and backward: registers per thread, bytes spilled, bytes of shared memory per block, and "
+        "how many kernels are alike.",
         "",
-        "| B | H | K | T | kernel | registers | spill stores / loads | shared memory |",
-        _rule(8, left={4}),
-        *map(_row, cells),
+        "| B | H | K | T | kernel | registers | spill stores / loads | shared memory | alike |",
+        _rule(9, left={4}),
+        *(_row([*kernel, str(number)]) for kernel, number in kernels.items()),
     ]
 
 

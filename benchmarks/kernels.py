@@ -14,11 +14,12 @@ In this order, so that a cut loses the least; everything is written after every 
 its error while the rest goes on:
 
 1. The device's own rates, of a large matmul and of a large copy: with them `kernel_roofline.py` has the floors.
-2. One check of the numerics, then the times of B=1, H=64, K=128 at 8K to 128K tokens: ours (`pallas_gpu` or
-   `pallas_tpu`, and `xla`), flash-linear-attention's chunk_simple_gla and fused_chunk_simple_gla (Triton), and softmax
-   attention by cuDNN (`jax.nn.dot_product_attention`) and FlashAttention-2 (torch).
-3. All numerics (`kernel_numerics.py`); ten runs on the same inputs, which must give the same bits; and, on the CPU, the
-   tests that search the interpreted kernels for races.
+2. The numerics (`kernel_numerics.py`), and ten runs on the same inputs, which must give the same bits. Meanwhile on the
+   CPU the tests that search the interpreted kernels for races, and flash-linear-attention's tuning of its kernels, some
+   minutes for each number of heads.
+3. The times of B=1, H=64, K=128 at 8K to 128K tokens: ours (`pallas_gpu` or `pallas_tpu`, and `xla`),
+   flash-linear-attention's chunk_simple_gla and fused_chunk_simple_gla (Triton), and softmax attention by cuDNN
+   (`jax.nn.dot_product_attention`) and FlashAttention-2 (torch). They begin when all of 2 has ended.
 4. The times of other lengths (1K to 1M), rows times heads (1 to 512), head dims and packed documents, while time is
    left.
 5. What the compilers say without a device (`kernel_compilation.py`).
@@ -66,8 +67,9 @@ CHECKED = [
     *((Case(2, 4, dim, 1000, documents=4), "bfloat16") for dim in (64, 96, 256)),
     *((Case(2, 4, 128, length), "bfloat16") for length in (1, 5, 64, 130, 1000)),
     (Case(1, 1, 128, 5000, documents=3), "bfloat16"),
-    *((Case(2, 4, dim, 1000, documents=4), "float32") for dim in (64, 128)),
 ]
+CHECKED_IN_FLOAT32 = [(Case(2, 4, dim, 1000, documents=4), "float32") for dim in (64, 128)]
+CHECKED_OF_XLA = [CHECKED[0], *CHECKED_IN_FLOAT32]
 CHECKED_ON_A_CPU = [(Case(2, 4, 64, 300, documents), dtype) for dtype in LIMITS for documents in (1, 4)]
 REPEATED = [Case(1, 64, 128, 8192), Case(1, 4, 128, 8000)]
 COMPILED_FOR_TPUS = [(chip, dim) for dim in (128, 64, 96, 256) for chip in ("v5e", "v5p", "v6e", "v4", "tpu7x")]
@@ -116,16 +118,15 @@ def steps(benchmark: Benchmark, torch: bool) -> Iterator[partial]:
     benchmark.record["missing"] = [f"{name}, {NEEDED[name]}" for name in missing]
     yield partial(benchmark.begin, torch)
     on_a_cpu = benchmark.record["device"]["platform"] == "cpu"
-    first_check, *checks = CHECKED_ON_A_CPU if on_a_cpu else CHECKED
-    yield partial(benchmark.check, *first_check)
+    for name in benchmark.lightning_of_ours():
+        of_a_kernel = CHECKED + ([] if name == "pallas_gpu" else CHECKED_IN_FLOAT32)  # which takes bfloat16 only
+        checked = CHECKED_ON_A_CPU if on_a_cpu else CHECKED_OF_XLA if name == "xla" else of_a_kernel
+        yield from (partial(benchmark.check, name, *each) for each in checked)
+        if name != "xla":
+            yield from (partial(benchmark.repeat, name, case) for case in REPEATED)
+    yield partial(benchmark.meet)
     yield partial(benchmark.compare)
-    yield from (partial(benchmark.time, case) for case in (TIMED_ON_A_CPU if on_a_cpu else HEADLINE))
-    yield from (partial(benchmark.check, *each) for each in checks)
-    if not on_a_cpu:
-        yield from (partial(benchmark.repeat, case) for case in REPEATED)
-    yield partial(benchmark.search_for_races)
-    if not on_a_cpu:
-        yield from (partial(benchmark.time, case) for case in OTHERS)
+    yield from (partial(benchmark.time, case) for case in (TIMED_ON_A_CPU if on_a_cpu else HEADLINE + OTHERS))
     if have("jax_cuda13_plugin"):
         yield from (partial(benchmark.compile_for_gpu, case) for case in COMPILED_FOR_GPUS)
     if have("libtpu") and on_a_cpu:

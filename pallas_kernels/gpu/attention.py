@@ -38,9 +38,9 @@ def lightning_attention(
         raise ValueError(f"lightning_attention: {obstacle}; use xla")
     if chunk_size not in (None, CHUNK):
         raise ValueError(f"lightning_attention: chunk_size is {chunk_size}; pallas_gpu has chunks of {CHUNK} tokens")
-    q_BTHK, k_BTHK, v_BTHV = (
-        jnp.pad(x, ((0, 0), (0, -length % TILE_ROWS), (0, 0), (0, 0))) for x in (q_BTHK, k_BTHK, v_BTHV)
-    )
+    if length % TILE_ROWS:
+        padding = ((0, 0), (0, -length % TILE_ROWS), (0, 0), (0, 0))
+        q_BTHK, k_BTHK, v_BTHV = (jnp.pad(x, padding) for x in (q_BTHK, k_BTHK, v_BTHV))
     plan = choose_plan(batch, length, heads, key_dim)
     o_BTHV, final_state_BHKV = lightning_attention_by_plan(
         q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plan

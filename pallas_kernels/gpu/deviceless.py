@@ -4,6 +4,7 @@ Needs jax-cuda13-plugin and jax-cuda13-pjrt in jax's version, without their CUDA
 CUDA toolkit, or the package nvidia-cuda-nvcc). It cannot run anything.
 """
 
+import collections
 import contextlib
 import importlib.util
 import os
@@ -58,8 +59,14 @@ class KernelResources(NamedTuple):
     shared_memory: int  # bytes of a thread block, barriers apart
 
 
+# What was reported so far, by name: a process compiles a kernel once.
+_compiled: dict[str, list[KernelResources]] = {}
+
+
 def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200") -> list[KernelResources]:
-    """Of each Mosaic GPU kernel in `function` of these arguments (trees of shapes and dtypes), in the compiler's order.
+    """Of each Mosaic GPU kernel in `function` of these arguments (trees of shapes and dtypes), by name.
+
+    A kernel that occurs twice is listed once. One that this process compiled before is listed as it was then.
 
     Raises:
       RuntimeError: the plugin is not installed, or a kernel does not compile.
@@ -73,8 +80,14 @@ def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
     with tempfile.TemporaryDirectory() as folder:
         with _dumps_in(folder):
-            jax.jit(function).lower(*arguments).compile()
-        return [_read(report) for report in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+            # A function that JAX has not seen before, since what it has in its caches would not be dumped.
+            jax.jit(lambda *x: function(*x)).lower(*arguments).compile()
+        reports, estimates = _dumps(folder, ".ptxas"), _dumps(folder, ".resources.txt")
+    for name in reports:
+        # JAX and its compiler number kernels of one name in orders of their own; those of one call share an estimate.
+        pairs = zip(reports[name], estimates[name], strict=False)
+        _compiled[name] = sorted({_read(name, *pair) for pair in pairs})
+    return [kernel for name in sorted(estimates) for kernel in _compiled[name]]
 
 
 @contextlib.contextmanager
@@ -86,10 +99,21 @@ def _dumps_in(folder: str) -> Iterator[None]:
         del os.environ["MOSAIC_GPU_DUMP_TO"]
 
 
-def _read(report: pathlib.Path) -> KernelResources:
-    text = report.read_text()
-    [name] = re.findall(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
-    [(stores, loads)] = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    [registers] = re.findall(r"Used (\d+) registers", text)
-    [shared_memory] = re.findall(r"smem_scratch_bytes=(\d+)", report.with_suffix(".resources.txt").read_text())
+def _dumps(folder: str, suffix: str) -> dict[str, list[str]]:
+    """The texts of files called KERNEL_NUMBER.suffix, by kernel and in the order of their numbers."""
+
+    def parts(path):
+        name, _, number = path.name.removesuffix(suffix).rpartition("_")
+        return name, int(number)
+
+    texts = collections.defaultdict(list)
+    for path in sorted(pathlib.Path(folder).glob("*" + suffix), key=parts):
+        texts[parts(path)[0]].append(path.read_text())
+    return texts
+
+
+def _read(name: str, report: str, estimate: str) -> KernelResources:
+    [(stores, loads)] = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    [registers] = re.findall(r"Used (\d+) registers", report)
+    [shared_memory] = re.findall(r"smem_scratch_bytes=(\d+)", estimate)
     return KernelResources(name, int(registers), int(stores), int(loads), int(shared_memory))

@@ -16,11 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.chunk import MATRIX, Chunk, across_columns, decays_within, matmuls, tiles, transpose
 from pallas_kernels.gpu.plans import CHUNK, SHARED_MEMORY, WARPGROUPS, Plan
-from pallas_kernels.varying import shape_like
+from pallas_kernels.varying import vary_like
 
 # Axes of the grid, and of the warpgroups in a thread block; meshes around the kernel have other names.
 HEAD, PIECE, COLUMNS, WARPGROUP = "kernel_head", "kernel_piece", "kernel_columns", "kernel_warpgroup"
-# Three warpgroups of 128 threads share out 64 Ki registers: 128 * (2 * 240 + 24) of them.
+# Three warpgroups of 128 threads have 168 registers per thread at launch, and trade them: 2 * 240 + 24 = 3 * 168.
 REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 240, 24
 MOST_STAGES = 4  # chunks loaded ahead
 
@@ -65,8 +65,8 @@ def sweep(
     o_BTHV, leaving_BPHKV = plgpu.kernel(
         partial(_kernel, plan=plan, heads=heads, stages=stages, reverse=reverse),
         out_type=(
-            shape_like(v_BTHV.shape, v_BTHV.dtype, v_BTHV) if outputs else None,
-            shape_like(state_shape, jnp.float32, v_BTHV),
+            jax.ShapeDtypeStruct(v_BTHV.shape, v_BTHV.dtype) if outputs else None,
+            jax.ShapeDtypeStruct(state_shape, jnp.float32),
         ),
         grid=(batch * heads, plan.pieces, value_columns // columns),
         grid_names=(HEAD, PIECE, COLUMNS),
@@ -85,9 +85,11 @@ def sweep(
             "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="lightning_attention_sweep" if outputs else "lightning_attention_states",
+        kernel_name=f"lightning_attention_{'reverse_' * reverse}{'sweep' if outputs else 'states'}",
     )(q_BTHK, k_BTHK, v_BTHV, log_decay_H, borders_B2S, entering_BPHKV)
-    return o_BTHV, leaving_BPHKV[..., :key_dim, :value_dim]
+    # A Mosaic GPU kernel types its results as varying over no mesh axis.
+    o_BTHV = vary_like(o_BTHV, v_BTHV) if outputs else None
+    return o_BTHV, vary_like(leaving_BPHKV[..., :key_dim, :value_dim], v_BTHV)
 
 
 def _kernel(
@@ -130,7 +132,8 @@ def _kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
+        if q is not None:
+            plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
 
         def load(step, _):
             stage, tokens = lax.rem(step, stages), pl.ds(start(step), CHUNK)
@@ -156,7 +159,8 @@ def _kernel(
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
+        if q is not None:
+            plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
         log_decay = log_decay_H[h]
         decays_CC = decays_within(log_decay, reverse=reverse)
         columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)
@@ -170,21 +174,25 @@ def _kernel(
             leaving_CW = across_columns(chunk.leaving(), plan.columns)
             decayed_v[warpgroup] = (plgpu.load(v_CW, layout=MATRIX) * leaving_CW).astype(jnp.bfloat16)
             to_state = transpose(k.at[stage]), decayed_v.at[warpgroup]
+            # All that is read of a stage is read before the fence of commit_smem, which orders it against the copies to
+            # come.
+            across = chunk.across()
             if q is None:
                 plgpu.commit_smem()
                 (added_KW,) = matmuls(to_state)
-                state_KW = chunk.across() * state_KW + added_KW
+                state_KW = across * state_KW + added_KW
                 plgpu.barrier_arrive(used.at[stage])
                 return state_KW
+            entering_CW = across_columns(chunk.entering(), plan.columns)
             (scores_CC,) = matmuls((q.at[stage], transpose(k.at[stage])))
             scores[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
             plgpu.commit_smem()
             from_chunk_CW, from_state_CW = matmuls((scores.at[warpgroup], v_CW), (q.at[stage], state.at[warpgroup]))
-            o_CW = from_chunk_CW + across_columns(chunk.entering(), plan.columns) * from_state_CW
+            o_CW = from_chunk_CW + entering_CW * from_state_CW
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o[warpgroup] = o_CW.astype(jnp.bfloat16)
             (added_KW,) = matmuls(to_state)
-            state_KW = chunk.across() * state_KW + added_KW
+            state_KW = across * state_KW + added_KW
             plgpu.barrier_arrive(used.at[stage])
             state[warpgroup] = state_KW.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -194,7 +202,8 @@ def _kernel(
         if entering_BPHKV is None:
             state_KW = plgpu.layout_cast(jnp.zeros((k.shape[-1], plan.columns), jnp.float32), MATRIX)
         else:
-            state_KW = plgpu.load(entering_BPHKV.at[b, piece, h, :, columns], layout=MATRIX, optimized=False)
+            # Times one, so that in shard_map it has the type of the states to come, which vary over no mesh axis.
+            state_KW = 1.0 * plgpu.load(entering_BPHKV.at[b, piece, h, :, columns], layout=MATRIX, optimized=False)
         if q is not None:
             state[warpgroup] = state_KW.astype(jnp.bfloat16)
             plgpu.commit_smem()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import choose_implementation, lightning_attention
+from pallas_kernels.gpu import plans as gpu
 from pallas_kernels.tpu import attention as tpu
 
 B, T, H, K, V = 2, 6, 3, 4, 5
@@ -83,6 +84,32 @@ def test_a_tpu_takes_its_kernel_or_says_why_not(generation, key_dim, value_dim, 
     assert choice.name == name
     assert why in choice.why
     assert "\n" not in choice.why
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "name", "why"), [(None, "pallas_gpu", "kernel for Hopper GPUs"), ("too old", "xla", "too old")]
+)
+def test_a_gpu_takes_its_kernel_or_says_why_not(obstacle, name, why, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu, "obstacle", lambda *_: obstacle)
+    choice = choose_implementation(128, 128, jnp.bfloat16)
+    assert choice.name == name
+    assert why in choice.why
+
+
+@pytest.mark.skipif(jax.__version_info__[:2] < gpu.OLDEST_JAX, reason="the GPU kernels need jax 0.11 or newer")
+@pytest.mark.parametrize(
+    ("dim", "dtype", "chunk_size", "message"),
+    [
+        (80, jnp.bfloat16, None, "head dims 64, 96, 128, 256, not 80 and 80; use xla"),
+        (64, jnp.float32, None, "takes bfloat16, not float32; use xla"),
+        (64, jnp.bfloat16, 32, "chunk_size is 32; pallas_gpu has chunks of 64 tokens"),
+    ],
+)
+def test_the_gpu_kernel_refuses_what_it_does_not_have(dim, dtype, chunk_size, message):
+    x = jnp.ones((1, 4, 1, dim), dtype)
+    with pytest.raises(ValueError, match=message):
+        lightning_attention(x, x, x, -np.ones(1), implementation="pallas_gpu", chunk_size=chunk_size)
 
 
 def test_the_tpu_kernel_refuses_what_it_cannot_hold():
