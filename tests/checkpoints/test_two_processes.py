@@ -1,15 +1,14 @@
 """Two real processes, four devices each, that save and restore one state together."""
 
-import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from checkpoint_states import KEEP_ALL, abstract, arrays, assert_same_bits, data_file, save_steps
+from two_processes import in_two_processes
 
 from lightning_jax.checkpoints import Checkpoints, newest_manifest
 from lightning_jax.checkpoints.array_files import ArrayFiles
@@ -17,9 +16,6 @@ from lightning_jax.checkpoints.array_files import ArrayFiles
 pytestmark = pytest.mark.slow
 
 SIZE = 4096  # files too large for a checksum: only the fingerprints protect them
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lightning_jax.checkpoints", "flax.nnx", "optax"])
 
 
 def shardings() -> dict[str, jax.sharding.Sharding]:
@@ -84,31 +80,14 @@ def restore_past_damage(checkpoints: Checkpoints, lines: list[str]) -> None:
     )
 
 
-def run(task, folder: str, port: int, index: int) -> None:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    jax.distributed.initialize(f"localhost:{port}", 2, index)
+def with_checkpoints(task, folder: Path) -> None:
     lines: list[str] = []
     with Checkpoints(folder, KEEP_ALL, say=lines.append) as checkpoints:
         task(checkpoints, lines)
-    jax.distributed.shutdown()
-
-
-def in_two_processes(task, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = [processes.Process(target=run, args=(task, str(folder), port, index)) for index in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(150)
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
 
 
 def test_a_state_saved_by_two_processes_restores_in_two_and_in_one(tmp_path):
-    in_two_processes(save_and_restore, tmp_path)
+    in_two_processes(with_checkpoints, save_and_restore, tmp_path)
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         assert_same_bits(checkpoints.restore(abstract(arrays(0, SIZE))).state, arrays(12, SIZE))
         checkpoints.save(13, arrays(12, SIZE), {}, wait=True)
@@ -118,7 +97,7 @@ def test_a_state_saved_by_two_processes_restores_in_two_and_in_one(tmp_path):
 
 
 def test_a_save_that_fails_on_one_process_is_lost_on_both_and_the_next_is_whole(tmp_path):
-    in_two_processes(one_process_fails, tmp_path)
+    in_two_processes(with_checkpoints, one_process_fails, tmp_path)
     assert os.listdir(tmp_path) == ["22"]
 
 
@@ -127,4 +106,4 @@ def test_two_processes_walk_down_together_past_a_damaged_checkpoint(tmp_path):
     (tmp_path / "3" / "MANIFEST.json").unlink()
     data = data_file(tmp_path / "2")
     data.write_bytes(bytes(data.stat().st_size))
-    in_two_processes(restore_past_damage, tmp_path)
+    in_two_processes(with_checkpoints, restore_past_damage, tmp_path)

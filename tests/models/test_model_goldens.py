@@ -15,42 +15,10 @@ import pytest
 from flax import nnx
 from test_config import LLAMA
 
-from lightning_jax.models import HybridLM, RopeScaling
-from lightning_jax.models.hybrid import runs
+from lightning_jax.models import HybridLM, RopeScaling, hugging_face
 from lightning_jax.objectives import NextToken
 
 GOLDENS = sorted((pathlib.Path(__file__).parents[1] / "goldens").glob("model_*.npz"))
-
-# Our parameter of a block -> Hugging Face's, and how to turn theirs [out, in] into ours.
-BLOCK = {
-    "mixer_norm.weight": ("input_layernorm.weight", np.asarray),
-    "feed_forward_norm.weight": ("post_attention_layernorm.weight", np.asarray),
-    "feed_forward.router": ("mlp.gate.weight", np.transpose),
-}
-MIXER = {
-    "lightning": {
-        "mixer.query_key_value": ("self_attn.qkv_proj.weight", np.transpose),
-        "mixer.gate": ("self_attn.output_gate.weight", np.transpose),
-        "mixer.norm.weight": ("self_attn.norm.weight", np.asarray),
-        "mixer.output": ("self_attn.out_proj.weight", np.transpose),
-    },
-    "softmax": {
-        "mixer.query": ("self_attn.q_proj.weight", np.transpose),
-        "mixer.key": ("self_attn.k_proj.weight", np.transpose),
-        "mixer.value": ("self_attn.v_proj.weight", np.transpose),
-        "mixer.output": ("self_attn.o_proj.weight", np.transpose),
-    },
-}
-MOE = {
-    "feed_forward.gate": ("mlp.experts.gate_up_proj", lambda w: np.split(w.swapaxes(1, 2), 2, axis=2)[0]),
-    "feed_forward.up": ("mlp.experts.gate_up_proj", lambda w: np.split(w.swapaxes(1, 2), 2, axis=2)[1]),
-    "feed_forward.down": ("mlp.experts.down_proj", lambda w: w.swapaxes(1, 2)),
-}
-DENSE = {
-    "feed_forward.gate": ("mlp.gate_proj.weight", np.transpose),
-    "feed_forward.up": ("mlp.up_proj.weight", np.transpose),
-    "feed_forward.down": ("mlp.down_proj.weight", np.transpose),
-}
 
 
 def our_config(case):
@@ -62,26 +30,15 @@ def our_config(case):
 
 def ours(config, theirs):
     """Hugging Face's arrays by name -> ours by path, layers stacked as in LayerStack."""
-    arrays = {"embedding": theirs["model.embed_tokens.weight"], "final_norm.weight": theirs["model.norm.weight"]}
-    if not config.tie_embeddings:
-        arrays["head"] = theirs["lm_head.weight"].T
-    period = len(config.layer_pattern)
-    repeats, left = divmod(config.num_layers, period)
-    for stack, (pattern, count) in enumerate([(config.layer_pattern, repeats), (config.layer_pattern[:left], 1)]):
-        for place, run in enumerate(runs(pattern)):
-            names = BLOCK | MIXER[run.kind] | MOE if config.num_experts else BLOCK | MIXER[run.kind] | DENSE
-            for name, (their_name, convert) in names.items():
-                if name == "feed_forward.router" and not config.num_experts:
-                    continue
-                first = stack * repeats * period + run.start
-                layers = [[first + r * period + i for i in range(run.length)] for r in range(count)]
-                stacked = [[convert(theirs[f"model.layers.{i}.{their_name}"]) for i in row] for row in layers]
-                arrays[f"stacks.{stack}.runs.{place}.{name}"] = np.array(stacked)
+    arrays = {path: np.full(leaf.shape, np.nan) for path, leaf in hugging_face.parameter_shapes(config).items()}
+    for piece in hugging_face.pieces(config, hugging_face.feed_forward_names(config, theirs)):
+        tensor = theirs[piece.tensor].reshape(-1, *piece.shape[1:])[piece.first_row :][: piece.shape[0]]
+        arrays[piece.path][piece.index] = tensor.T if piece.transposed else tensor
     return arrays
 
 
 def flat(state):
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
