@@ -117,7 +117,10 @@ def steps(benchmark: Benchmark, torch: bool) -> Iterator[partial]:
     missing = [name for name in NEEDED if not (torch if name == "torch" else have(name))]
     benchmark.record["missing"] = [f"{name}, {NEEDED[name]}" for name in missing]
     yield partial(benchmark.begin, torch)
-    on_a_cpu = benchmark.record["device"]["platform"] == "cpu"
+    platform = benchmark.record["device"]["platform"]
+    if platform == "none":
+        return
+    on_a_cpu = platform == "cpu"
     for name in benchmark.lightning_of_ours():
         of_a_kernel = CHECKED + ([] if name == "pallas_gpu" else CHECKED_IN_FLOAT32)  # which takes bfloat16 only
         checked = CHECKED_ON_A_CPU if on_a_cpu else CHECKED_OF_XLA if name == "xla" else of_a_kernel
