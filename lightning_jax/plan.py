@@ -15,6 +15,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.metrics.formatting import count, scientific
 from lightning_jax.optimizers import learning_rate
+from lightning_jax.run_setup import open_run
 from lightning_jax.stages import Stage, plan_stages
 
 POINTS_PER_STAGE = 500
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
+        if any(config.stages[name].passes for name in config.run_stages):
+            config, _ = open_run(config, say=print)  # so long as their data are
         stages = plan_stages(config)
         print(schedule_table(stages))
         if options.out:

@@ -99,6 +99,16 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
             check_vma=False,
         )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
 
+    def map_rows(function, weights_DV, *rows):
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(ROWS for _ in rows)),
+            out_specs=ROWS,
+            axis_names=set(BATCH),  # the compiler splits the vocabulary
+            check_vma=False,
+        )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
+
     return Operators(
         lightning_attention=lightning_attention,
         softmax_attention=softmax_attention,
@@ -106,5 +116,6 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
         cached_softmax_attention=cached_softmax_attention,
         experts=ParallelExperts(mesh, config),
         sum_over_rows=sum_over_rows,
+        map_rows=map_rows,
         constrain=functools.partial(constrain, mesh=mesh),
     )
