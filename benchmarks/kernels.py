@@ -4,11 +4,11 @@
 
 PYTHON is an interpreter that has torch and, to be measured beside it, flash-linear-attention; by default the one that
 runs this file. A GPU needs Python 3.12 or newer and jax 0.11 or newer with its CUDA plugin. Where nothing can be
-fetched, bring the one wheel that such a machine lacks, made on another:
+fetched, bring what it lacks, beside torch and triton, as wheels made on another machine:
 
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels fla-core
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels fla-core einops
     python -m pip install --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site python benchmarks/kernels.py
+    PYTHONPATH=site:. python benchmarks/kernels.py
 
 In this order, so that a cut loses the least; everything is written after every step, and what fails is recorded with
 its error while the rest goes on:
