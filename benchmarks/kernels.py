@@ -4,11 +4,11 @@
 
 PYTHON is an interpreter that has torch and, to be measured beside it, flash-linear-attention; by default the one that
 runs this file. A GPU needs Python 3.12 or newer and jax 0.11 or newer with its CUDA plugin. Where nothing can be
-fetched, bring the one wheel that such a machine lacks, made on another:
+fetched, bring what it lacks, beside torch and triton, as wheels made on another machine:
 
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels fla-core
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels fla-core einops
     python -m pip install --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site python benchmarks/kernels.py
+    PYTHONPATH=site:. python benchmarks/kernels.py
 
 In this order, so that a cut loses the least; everything is written after every step, and what fails is recorded with
 its error while the rest goes on:
@@ -117,7 +117,10 @@ def steps(benchmark: Benchmark, torch: bool) -> Iterator[partial]:
     missing = [name for name in NEEDED if not (torch if name == "torch" else have(name))]
     benchmark.record["missing"] = [f"{name}, {NEEDED[name]}" for name in missing]
     yield partial(benchmark.begin, torch)
-    on_a_cpu = benchmark.record["device"]["platform"] == "cpu"
+    platform = benchmark.record["device"]["platform"]
+    if platform == "none":
+        return
+    on_a_cpu = platform == "cpu"
     for name in benchmark.lightning_of_ours():
         of_a_kernel = CHECKED + ([] if name == "pallas_gpu" else CHECKED_IN_FLOAT32)  # which takes bfloat16 only
         checked = CHECKED_ON_A_CPU if on_a_cpu else CHECKED_OF_XLA if name == "xla" else of_a_kernel

@@ -62,7 +62,7 @@ class Side:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
     def __enter__(self) -> Self:
         return self

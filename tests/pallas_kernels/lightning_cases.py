@@ -3,6 +3,7 @@
 Shapes: B batch, T sequence, H heads, K key dim, V value dim.
 """
 
+import inspect
 from functools import partial
 from typing import NamedTuple
 
@@ -107,6 +108,15 @@ def assert_close(actual: Results, expected: Results, tolerance: float):
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         difference = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
         assert difference <= tolerance * np.abs(y).max(), f"{name} differs by {difference / np.abs(y).max():.1e}"
+
+
+def race_options(interpreter_params: type) -> dict[str, object]:
+    """Of an interpreter that watches for races and goes on where it finds one, so that it can be asked afterwards.
+
+    Newer versions raise there, unless told not to, and then leave their state as it was.
+    """
+    on_race = {"on_race": "warn"} if "on_race" in inspect.signature(interpreter_params).parameters else {}
+    return {"detect_races": True} | on_race
 
 
 def assert_bf16_costs_only_rounding(case: Case, **options):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lightning_cases import assert_bf16_costs_only_rounding, random_case
+from lightning_cases import assert_bf16_costs_only_rounding, race_options, random_case
 
 from pallas_kernels import lightning_attention
 from pallas_kernels.gpu.plans import OLDEST_JAX, Plan
@@ -98,7 +98,8 @@ def test_races_are_found_where_planted_and_only_there(planted, monkeypatch):
     state = jnp.zeros((1, 1, 1, 64, 64))
     # Where waits are missing, barriers are left in a state that the interpreter raises on, races or not.
     checks = contextlib.suppress(jax.errors.JaxRuntimeError) if planted else contextlib.nullcontext()
-    with checks, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, on_race="warn")):
+    watched = plgpu.InterpretGPUParams(**race_options(plgpu.InterpretGPUParams))
+    with checks, plgpu.force_gpu_interpret_mode(watched):
         plan = Plan(length, 32, 1)
         jax.block_until_ready(forward.sweep(x, x, x, jnp.array([-0.1]), borders, state, plan=plan, reverse=True))
     assert interpreter.get_races().races_found == bool(planted)

@@ -90,8 +90,8 @@ def test_every_length_compiles(length):
     def forward(q, k, v, log_decay, ids, state):
         return lightning_attention(q, k, v, log_decay, segment_ids=ids, implementation="pallas_gpu")
 
-    (kernel,) = resources(forward, *arrays(2, length, 8, 64, documents=True))
-    assert kernel.name == "lightning_attention_sweep"
+    kernels = resources(forward, *arrays(2, length, 8, 64, documents=True))
+    assert "lightning_attention_sweep" in {kernel.name for kernel in kernels}
 
 
 def lower(function, *arguments):

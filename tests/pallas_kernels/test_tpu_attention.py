@@ -1,6 +1,5 @@
 """The TPU kernels, interpreted: equal to the recurrence, at home in every transformation, free of races."""
 
-import inspect
 from functools import partial
 
 import jax
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # says whether races were found
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
-from lightning_cases import assert_bf16_costs_only_rounding, assert_close, by_jax, by_loops, random_case
+from lightning_cases import assert_bf16_costs_only_rounding, assert_close, by_jax, by_loops, race_options, random_case
 
 from pallas_kernels import lightning_attention
 from pallas_kernels.tpu import attention as tpu
@@ -121,9 +120,9 @@ def test_races_are_found_where_planted_and_only_there(direction, planted, monkey
     state = jnp.ones((batch, heads, dim, dim))
     borders = find_borders(jnp.zeros((batch, length), jnp.int32), chunk)
     log_decay = jnp.full(heads, -0.1)
-    # Newer versions raise where a race is found, unless told not to, and then leave their state as it was.
-    on_race = {"on_race": "warn"} if "on_race" in inspect.signature(pltpu.InterpretParams).parameters else {}
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, **on_race)):
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(num_cores_or_threads=2, **race_options(pltpu.InterpretParams))
+    ):
         if direction == "forward":
             results = forward(x, x, x, log_decay, borders, state, chunk=chunk, heads=2, save_states=True)
         else:
