@@ -25,7 +25,8 @@ from lightning_jax.checkpoints.fingerprint import fingerprints
 from lightning_jax.checkpoints.state_tree import named_leaves
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import PreparedCorpus
-from lightning_jax.input_pipeline.packing import Documents, pack
+from lightning_jax.input_pipeline.examples import pack
+from lightning_jax.input_pipeline.packing import Documents
 from lightning_jax.objectives.preference import REFERENCE
 from lightning_jax.programs import Programs
 from lightning_jax.stages import Stage

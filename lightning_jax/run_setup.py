@@ -20,7 +20,7 @@ from lightning_jax.input_pipeline import (
     prepare_tokenizer,
     unigram_cross_entropy,
 )
-from lightning_jax.input_pipeline.packing import pack
+from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.metrics import formatting, record_session
 from lightning_jax.models import ModelConfig
 from lightning_jax.models.hybrid import runs

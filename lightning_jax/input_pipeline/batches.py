@@ -15,8 +15,9 @@ import numpy as np
 
 from lightning_jax.input_pipeline.config import MixtureConfig
 from lightning_jax.input_pipeline.errors import DataError
+from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.mixture import Mixture
-from lightning_jax.input_pipeline.packing import Batch, Documents, pack
+from lightning_jax.input_pipeline.packing import Batch, Documents
 from lightning_jax.input_pipeline.shuffle import fold_key, shuffled
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

@@ -14,7 +14,8 @@ from lightning_jax.input_pipeline import word_problems as tasks
 from lightning_jax.input_pipeline.chat_records import chat_document, prompt, read_document
 from lightning_jax.input_pipeline.chat_template import ChatTemplateError
 from lightning_jax.input_pipeline.errors import BadRecordError
-from lightning_jax.input_pipeline.packing import PackingError, pack
+from lightning_jax.input_pipeline.examples import pack
+from lightning_jax.input_pipeline.packing import PackingError
 from lightning_jax.input_pipeline.readers import Problem
 
 ASK, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}
