@@ -20,8 +20,6 @@ from pallas_kernels.varying import vary_like
 
 # Axes of the grid, and of the warpgroups in a thread block; meshes around the kernel have other names.
 HEAD, PIECE, COLUMNS, WARPGROUP = "kernel_head", "kernel_piece", "kernel_columns", "kernel_warpgroup"
-# Three warpgroups of 128 threads have 168 registers per thread at launch, and trade them: 2 * 240 + 24 = 3 * 168.
-REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 240, 24
 MOST_STAGES = 4  # chunks loaded ahead
 
 
@@ -130,10 +128,15 @@ def _kernel(
     def start(step):
         return (first_chunk + (steps - 1 - step if reverse else step)) * CHUNK
 
+    # Three warpgroups of 128 threads have 168 registers per thread at launch, and trade them. Those that compute need
+    # more the larger the state, the one that loads would like 40.
+    registers_to_load = 40 if k.shape[-1] * plan.columns < 128 * 64 else 24
+    registers_to_compute = (3 * 168 - registers_to_load) // 2
+
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         if q is not None:
-            plgpu.set_max_registers(REGISTERS_TO_LOAD, action="decrease")
+            plgpu.set_max_registers(registers_to_load, action="decrease")
 
         def load(step, _):
             stage, tokens = lax.rem(step, stages), pl.ds(start(step), CHUNK)
@@ -160,7 +163,7 @@ def _kernel(
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         if q is not None:
-            plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
+            plgpu.set_max_registers(registers_to_compute, action="increase")
         log_decay = log_decay_H[h]
         decays_CC = decays_within(log_decay, reverse=reverse)
         columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)

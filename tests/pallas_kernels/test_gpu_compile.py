@@ -28,9 +28,9 @@ needs_plugin = pytest.mark.skipif(
 # The cache of compiled programs cannot be read without a device to load them on.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
-# Bytes per thread that the compiler keeps in memory for want of registers, at most; none where nothing is said. With
-# documents a sweep of 64 columns, or of a head of 256 dims, misses a dozen registers; the README has the table.
-SPILLS = {(96, 64, True): 8, (128, 64, True): 28, (256, 32, True): 52}
+# Bytes per thread that the compiler keeps in memory for want of registers, at most, by head dim, columns of a
+# warpgroup and whether there are documents; none where nothing is said. The README has the table.
+SPILLS = {(96, 64, True): 8, (128, 64, True): 28, (256, 32, False): 20, (256, 32, True): 56}
 
 
 def arrays(batch, length, heads, dim, documents):
