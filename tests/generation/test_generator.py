@@ -69,16 +69,17 @@ def test_every_token_of_every_sample_is_a_draw_of_its_own():
 
 
 def test_prompts_come_and_go_without_compiling():
-    """Three sizes of pieces, empty slots and prompts (3), the copy into a slot, and the decoding loop."""
+    """Three sizes of pieces, empty slots and prompts (3), the copy into a slot, and the decoding loop; none once more."""
     several = Generator(CONFIG, params(), dataclasses.replace(SETTINGS, slots=2, capacity=130, prefill_tokens=32))
     before = decoding.compilations()
     list(several.generate(PROMPTS, DRAWN))
-    assert decoding.compilations() == before + 8
+    compiled = decoding.compilations()
+    assert before < compiled <= before + 8  # another test may have compiled some of them
     more = [PROMPTS[(i * 5) % 7][: 1 + i] for i in range(9)]
     list(several.generate(more, dataclasses.replace(DRAWN, seed=9, temperature=0.3, samples=3, stop_ids=(1, 2))))
     several.params = jax.tree.map(lambda weight: weight * 1.01, several.params)
     list(several.generate(more[::-1], DRAWN))
-    assert decoding.compilations() == before + 8
+    assert decoding.compilations() == compiled
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_samples():
