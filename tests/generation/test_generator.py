@@ -69,7 +69,7 @@ def test_every_token_of_every_sample_is_a_draw_of_its_own():
 
 
 def test_prompts_come_and_go_without_compiling():
-    """Three sizes of pieces, empty slots and prompts (3), the copy into a slot, and the decoding loop; none once more."""
+    """Three sizes of pieces, empty slots and prompts (3), the copy into a slot, the decoding loop; none once more."""
     several = Generator(CONFIG, params(), dataclasses.replace(SETTINGS, slots=2, capacity=130, prefill_tokens=32))
     before = decoding.compilations()
     list(several.generate(PROMPTS, DRAWN))
