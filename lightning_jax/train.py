@@ -77,7 +77,7 @@ class Trainer:
         self._rows = parallel.batch_sharding(self.mesh)
         self._shards = parallel.batch_shards(self.mesh)
 
-        operators = parallel.operators(self.mesh, config.model)
+        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
         make_model = functools.partial(HybridLM, config.model, operators=operators)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
         optimizer = self._optimizer(self.stages[0])

@@ -2,7 +2,7 @@
 
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.layout import operators
-from lightning_jax.parallel.mesh import MeshError, make_mesh
+from lightning_jax.parallel.mesh import MeshError, make_mesh, without_sequence
 from lightning_jax.parallel.sharding import (
     RULES,
     ShardingError,
@@ -27,4 +27,5 @@ __all__ = [
     "make_mesh",
     "operators",
     "shardings",
+    "without_sequence",
 ]

@@ -1,10 +1,10 @@
-"""The device mesh: four named axes over which a run is laid out."""
+"""The device mesh: five named axes over which a run is laid out."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from lightning_jax.parallel.config import MeshConfig
@@ -15,7 +15,7 @@ class MeshError(ValueError):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes "data", "fsdp", "expert", "tensor" over `devices` (all devices where None).
+    """The mesh with the axes of `parallel.config.AXES` over `devices` (all devices where None).
 
     Neighbouring devices share the last axes, which communicate most.
 
@@ -29,6 +29,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
 
 
+def without_sequence(mesh: Mesh) -> Mesh:
+    """The same devices with those along "sequence" made replicas: for generation, which goes on token by token.
+
+    Parameters, which "data" and "sequence" do not split, stay where they are.
+    """
+    axis = mesh.axis_names.index("sequence")
+    devices = np.moveaxis(mesh.devices, axis, 1)
+    data, sequence, *others = devices.shape
+    devices = np.expand_dims(devices.reshape(data * sequence, *others), axis)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """The size of each axis, with -1 replaced by the number of devices left over.
 
@@ -37,7 +49,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """
     if problems := config.problems():
         raise MeshError("; ".join(f"mesh.{problem}" for problem in problems))
-    sizes = dataclasses.asdict(config)
+    sizes = config.sizes()
     given = math.prod(size for size in sizes.values() if size != -1)
     open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
     if open_axis and num_devices % given == 0:
@@ -52,7 +64,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def _advice(sizes: dict[str, int], open_axis: str | None, num_devices: int) -> str:
     """One axis to change so that every device is used, or, where none will do, all of them."""
-    for axis in ("fsdp", "data", "expert", "tensor"):
+    for axis in ("fsdp", "data", "expert", "sequence", "tensor"):
         others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
         if axis != open_axis and num_devices % others == 0:
             return f"{axis}=1" if open_axis else f"{axis}=-1"

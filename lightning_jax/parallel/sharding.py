@@ -72,7 +72,7 @@ RULES = ShardingRules(
     {
         # Activations. Their model dim is declared None: "embed" is for parameters, which "fsdp" splits.
         "batch": ("data", "fsdp", "expert"),
-        "sequence": (),
+        "sequence": ("sequence",),
         # Parameters.
         "layers": (),
         "embed": ("fsdp",),
@@ -119,8 +119,8 @@ def create_sharded(create: Callable[[], Any], mesh: Mesh, rules: ShardingRules =
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
-    """The sharding of a batch's arrays [B, ...]: each device of "data", "fsdp" and "expert" holds its own rows."""
-    return NamedSharding(mesh, PartitionSpec(rules.mesh_axes("batch")))
+    """The sharding of a batch's arrays [B, T]: rows over "data", "fsdp" and "expert", their tokens over "sequence"."""
+    return NamedSharding(mesh, PartitionSpec(rules.mesh_axes("batch"), rules.mesh_axes("sequence")))
 
 
 def batch_shards(mesh: Mesh, rules: ShardingRules = RULES) -> int:

@@ -96,11 +96,18 @@ def test_random_parameters_do_not_depend_on_how_they_are_split():
     np.testing.assert_array_equal(split, create()["w"].get_value())
 
 
-def test_batches_are_split_by_rows_over_all_axes_but_tensor():
+def test_rows_are_split_over_all_axes_but_tensor_and_sequence():
     on_mesh = mesh(2, 2, 1, 2)
     batch = jax.device_put(np.zeros((8, 3), np.int32), parallel.batch_sharding(on_mesh))
     assert batch.sharding.shard_shape(batch.shape) == (2, 3)
     assert parallel.batch_shards(on_mesh) == 4
+
+
+def test_tokens_of_a_row_are_split_over_the_sequence_axis():
+    on_mesh = mesh(2, 1, 1, 1, sequence=4)
+    batch = jax.device_put(np.zeros((8, 12), np.int32), parallel.batch_sharding(on_mesh))
+    assert batch.sharding.shard_shape(batch.shape) == (4, 3)
+    assert parallel.batch_shards(on_mesh) == 2
 
 
 def test_axes_before_the_logical_ones_are_layers_and_stay_whole():
