@@ -35,7 +35,9 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "evaluation": ["lm_eval>=0.4.13"],
-        "tpu_compile": ["libtpu"],  # compiles for TPUs on any Linux machine: the tests of the kernels that need it run
+        # The compilers of TPUs and of NVIDIA GPUs, for any Linux machine: the tests of the kernels that need them run.
+        "tpu_compile": ["libtpu"],
+        "gpu_compile": ["jax-cuda13-plugin>=0.11", "jax-cuda13-pjrt>=0.11", "nvidia-cuda-nvcc>=13"],
         "zstd": ["zstandard"],  # reads .jsonl.zst
         "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard", "safetensors>=0.5"],
     },

@@ -24,6 +24,7 @@ def write(
     cores: int | None = None,
     interpreter: str | None = None,
     folder: Path | None = RESULTS,
+    show: bool = True,
 ) -> None:
     """Writes NAME.md and NAME.json and prints the former.
 
@@ -34,6 +35,7 @@ def write(
       cores: how many were used; all if not given.
       interpreter: an argument of the command that is shown as PYTHON, since where it lies is this machine's affair.
       folder: for the two files; None only prints.
+      show: whether to print.
     """
     about = {
         "date": datetime.date.today().isoformat(),
@@ -54,12 +56,15 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         (folder / f"{name}.json").write_text(json.dumps({**about, **figures}, indent=1) + "\n", encoding="utf-8")
-    print(text)
+    if show:
+        print(text)
 
 
-def package_versions(*packages: str) -> dict[str, str]:
-    """Of Python and of packages of this interpreter."""
-    return {"python": platform.python_version()} | {each: importlib.metadata.version(each) for each in packages}
+def package_versions(*packages: str, where_installed: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python, of packages of this interpreter, and of those others that it has."""
+    installed = {each.name for each in importlib.metadata.distributions()} if where_installed else ()
+    named = [*packages, *(each for each in where_installed if each in installed)]
+    return {"python": platform.python_version()} | {each: importlib.metadata.version(each) for each in named}
 
 
 def machine(cores: int | None = None) -> str:

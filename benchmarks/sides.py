@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -17,18 +18,26 @@ from pathlib import Path
 from typing import Any, Self
 
 Answers = tuple[dict[str, str], Callable[..., Any]]  # versions by package; from a question's fields to its answer
+ON_THE_CPU = {"JAX_PLATFORMS": "cpu"}
 
 
 class Side:
     """The process that runs a side's function; closed at the end of a `with` block."""
 
-    def __init__(self, python: str, function: Callable[[int], Answers], threads: int):
+    def __init__(
+        self,
+        python: str,
+        function: Callable[[int], Answers],
+        threads: int,
+        environment: Mapping[str, str] = ON_THE_CPU,
+    ):
         """Starts it and waits until its library is imported.
 
         Args:
           python: the interpreter that has the library.
           function: of a program of this folder; is called with `threads`.
           threads: CPU cores that the process may use.
+          environment: variables besides this process's own.
         """
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -36,14 +45,24 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         )
         self.versions: dict[str, str] = self._answer()
 
-    def ask(self, **question: Any) -> Any:
+    def ask(self, limit: float | None = None, /, **question: Any) -> Any:
+        """The answer to a question's fields.
+
+        Raises:
+          RuntimeError: the process ended.
+          TimeoutError: no answer came within `limit` seconds; the process can only be killed.
+        """
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._answer(limit)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +71,9 @@ class Side:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def _answer(self) -> Any:
+    def _answer(self, limit: float | None = None) -> Any:
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            raise TimeoutError(f"no answer within {limit:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(self._process.args)} ended; its error is above")

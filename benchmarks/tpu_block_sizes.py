@@ -38,7 +38,7 @@ import recording
 
 from pallas_kernels.tpu.backward import backward
 from pallas_kernels.tpu.chunk import find_borders
-from pallas_kernels.tpu.deviceless import compile_for
+from pallas_kernels.tpu.deviceless import compile_for, vmem_of_kernels
 from pallas_kernels.tpu.forward import forward
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -82,8 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two candidates, nothing written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+        dump_to(folder)
         rows = []
         for candidate in candidates()[: 2 if arguments.quick else None]:
             rows.append(candidate._asdict() | measure(candidate, Path(folder)))
@@ -92,6 +91,12 @@ def main() -> None:
         table = choose(rows)
         TABLE.write_text(source(table), encoding="utf-8")
         record(rows, table)
+
+
+def dump_to(folder: str) -> None:
+    """Makes the compiler write there what `measure` reads; only before this process compiles for the first time."""
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
 
 
 def candidates() -> list[Candidate]:
@@ -118,13 +123,14 @@ def measure(candidate: Candidate, dumps: Path) -> dict[str, Any]:
     for file in dumps.iterdir():
         file.unlink()
     try:
-        compile_candidate(candidate)
+        compiled = compile_candidate(candidate)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False}
     chip = CHIPS[candidate.generation]
     schedule = read_schedule(dumps, f"lightning_attention_{candidate.direction}")
+    (schedule["vmem"],) = vmem_of_kernels(compiled)
     microseconds = {
         "crit": schedule.pop("critical_path") / chip.clock * 1e6,
         "bundle": schedule.pop("bundles") / chip.clock * 1e6,
@@ -140,7 +146,7 @@ def measure(candidate: Candidate, dumps: Path) -> dict[str, Any]:
     return {"fits": True, **{name: round(x, 4) for name, x in figures.items()}, **schedule, "limit": limit}
 
 
-def compile_candidate(candidate: Candidate) -> None:
+def compile_candidate(candidate: Candidate) -> jax.stages.Compiled:
     _, head_dim, dtype, direction, chunk, heads = candidate
     batch, chunks, num_heads = 1, 4, 2 * heads
     length = chunks * chunk - 8
@@ -155,7 +161,7 @@ def compile_candidate(candidate: Candidate) -> None:
         kernel = partial(backward, chunk=chunk, heads=heads)
         states = jax.ShapeDtypeStruct((batch, chunks, *state.shape[1:]), dtype)
         arguments = (x, x, x, log_decay, borders, states, x, state)
-    compile_for(candidate.generation, jax.jit(kernel), *arguments)
+    return compile_for(candidate.generation, jax.jit(kernel), *arguments)
 
 
 def read_schedule(dumps: Path, kernel: str) -> dict[str, int]:

@@ -35,7 +35,7 @@ every Python installation.
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
-from lightning_jax.recipes import adamw, batch_size, blend, constant, stage, steps, wsd
+from lightning_jax.recipes import adamw, batch_size, blend, constant, cosine, stage, steps, wsd
 
 SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
@@ -98,6 +98,17 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             batch_size=batch_size(long_batch),
             optimizer=M1_ADAMW,
             schedule=constant(2e-4),
+        ),
+        "sft": stage(
+            passes=0.5,
+            warmup_share=0.05,
+            context_length=256,
+            rope_theta=5e4,
+            mixture={"arithmetic": 1.0},
+            packing="best_fit",
+            batch_size=batch_size(batch),
+            optimizer=M1_ADAMW,
+            schedule=cosine(1e-3, 1e-4),
         ),
     }
 

@@ -1,8 +1,12 @@
-"""What the commands share: reading `--config` with its overrides, and one clear line for a user's mistake."""
+"""What the commands share: their arguments, what they say, and one clear line for a user's mistake."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
 
 from lightning_jax.config import ConfigError, RunConfig, load_config, nearest_name
 from lightning_jax.errors import UserError
@@ -10,6 +14,66 @@ from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES
 
 USAGE_ERROR = 2
+STOPPED = 130  # what shells expect of a command that Ctrl-C ended
+NO_READER = 141  # and of one whose reader had enough
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command, which have no other names; each mistake is a line, as those that are found later are."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error("\n".join(_unknown(self, rest)))
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_tell(message.splitlines()))
+
+
+def finish(command: Callable[[], int], *, stopped: str) -> int:
+    """The exit code of a command; a mistake, Ctrl-C and an output that nobody reads any more give no traceback.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
+    try:
+        return command()
+    except UserError as error:
+        return _tell(str(error).splitlines())
+    except KeyboardInterrupt:
+        say(stopped)
+        return STOPPED
+    except BrokenPipeError:
+        _close_output()
+        return NO_READER
+
+
+def say(line: str) -> None:
+    """A line about what goes on, on standard error; of several processes the first one speaks."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """A result, on standard output at once; of several processes the first one shows it.
+
+    Raises:
+        UserError: it cannot be written.
+        BrokenPipeError: nobody reads it.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_output()
+        raise UserError(f"standard output: {error.strerror}") from None
 
 
 def run_command(
@@ -24,13 +88,8 @@ def run_command(
     parser.add_argument("--config", required=True, metavar="FILE.py[:SIZE]", help="a file that defines get_config")
     parser.epilog = "--config.SECTION.FIELD=VALUE overrides any field of the config."
     known, rest = parser.parse_known_args(arguments)
-    flags = [option for action in parser._actions for option in action.option_strings]
     overrides = [argument for argument in rest if argument.startswith("--config.")]
-    problems = [
-        f"{argument}: unknown argument; {nearest_name(argument, flags)}"
-        for argument in rest
-        if argument not in overrides
-    ]
+    problems = _unknown(parser, [argument for argument in rest if argument not in overrides])
     try:
         config = load_config(known.config, [override.removeprefix("--config.") for override in overrides])
     except ConfigError as error:
@@ -55,6 +114,18 @@ def mesh_option(text: str, problems: list[str]) -> MeshConfig | None:
     mesh = MeshConfig.of(**{axis: int(size) for axis, size in axes.items()})
     problems += [f"--mesh: {problem}" for problem in mesh.problems()]
     return mesh
+
+
+def _unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    flags = [option for action in parser._actions for option in action.option_strings]
+    return [
+        f"{argument}: unknown argument; {nearest_name(argument.partition('=')[0], flags)}" for argument in arguments
+    ]
+
+
+def _close_output() -> None:
+    """Python would try to write what is left once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(problems: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline.config import DataConfig, MixtureConfig
 from lightning_jax.metrics.config import MetricsConfig
 from lightning_jax.models.config import ModelConfig
+from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
 from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
@@ -39,11 +40,29 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
+class PassesConfig:
+    """The length of a stage in passes over its corpora: its tokens and its schedule's steps follow from the data."""
+
+    count: float
+    warmup_share: float  # of the steps; a schedule that falls does so over all the others
+
+    def problems(self) -> list[str]:
+        found = [] if self.count > 0 else [f"count: {self.count} is not positive"]
+        if not 0 <= self.warmup_share < 1:
+            found.append(f"warmup_share: {self.warmup_share} is not in [0, 1)")
+        return found
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stretch of training: what is minimised, on which data, for how long."""
 
-    objective: Literal["next_token"]
-    tokens: int  # length of the stage, targets and padding alike
+    objective: Literal["next_token", "preference", "reward_model"]
+    reduction: Literal["token_mean", "conversation_sum"]  # of "next_token" over its targets
+    preference: PreferenceConfig | None
+    reward_model: RewardModelConfig | None
+    tokens: int  # length of the stage, targets and padding alike; with `passes` it follows from the data
+    passes: PassesConfig | None
     context_length: int
     rope_theta: float
     mixture: MixtureConfig
@@ -51,11 +70,21 @@ class StageConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
 
+    @property
+    def documents_per_example(self) -> int:
+        """Chats that belong together."""
+        return 1 if self.objective == "next_token" else 2
+
     def problems(self) -> list[str]:
         found = []
+        for name in ("preference", "reward_model"):
+            if (getattr(self, name) is not None) != (self.objective == name):
+                found.append(f'{name}: belongs to objective="{name}", and this is "{self.objective}"')
+        if self.objective != "next_token" and self.mixture.packing == "split":
+            found.append('mixture.packing: "split" would cut pairs; "best_fit" or "one_per_row"')
         if self.context_length < 1:
             found.append(f"context_length: {self.context_length} is not positive")
-        elif self.tokens < max(self.batch_size.tokens, default=0):
+        elif not self.passes and self.tokens < max(self.batch_size.tokens, default=0):
             found.append(f"tokens: {self.tokens} is less than one batch of {max(self.batch_size.tokens)}")
         for batch_tokens in self.batch_size.tokens:
             if self.context_length > 0 and batch_tokens % self.context_length:
@@ -69,7 +98,7 @@ class StageConfig:
                 f"batch_size.micro_batch_tokens: {self.batch_size.micro_batch_tokens} is less than a row of "
                 f"context_length={self.context_length}; make it at least that, or 0 for no micro-batches"
             )
-        if not (found or self.batch_size.problems() or self.schedule.problems()):
+        if not (found or self.passes or self.batch_size.problems() or self.schedule.problems()):
             sizes = BatchSizes(self.batch_size, self.context_length, self.tokens)
             found.extend(f"schedule.{problem}" for problem in self.schedule.problems_in(sizes.num_steps))
         return found
@@ -105,6 +134,14 @@ class RunConfig:
                         f"stages.{name}.mixture: no corpus {corpus!r} in data.corpora; "
                         f"{nearest_name(corpus, self.data.corpora)}"
                     )
+            found += [f"stages.{name}.{problem}" for problem in self._problems_of_content(stage)]
+        if "reward_model" in {self.stages[name].objective for name in self.run_stages if name in self.stages} and (
+            len(self.run_stages) > 1
+        ):
+            found.append(
+                "run_stages: a reward model has parameters of its own; run its stage alone, with --init_from=FOLDER "
+                "of the run before it"
+            )
         moments = {self.stages[name].optimizer.moment_dtype for name in self.run_stages if name in self.stages}
         if len(moments) > 1:
             found.append(
@@ -117,6 +154,18 @@ class RunConfig:
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds "
                 f"model.vocab_size={self.model.vocab_size}; make it at most that"
             )
+        return found
+
+    def _problems_of_content(self, stage: StageConfig) -> list[str]:
+        """What of a stage's corpora its objective and packing have no use for."""
+        wanted = ("text", "conversations") if stage.objective == "next_token" else ("preferences",)
+        found = []
+        for name in stage.mixture.start:
+            content = self.data.corpora[name].content if name in self.data.corpora else wanted[0]
+            if content not in wanted:
+                found.append(f'mixture: {name} is {content}; "{stage.objective}" trains on {" or ".join(wanted)}')
+            elif (content, stage.mixture.packing) in (("text", "one_per_row"), ("conversations", "split")):
+                found.append(f'mixture.packing: "{stage.mixture.packing}" is not for {content}, and {name} is that')
         return found
 
     def problems_on(self, num_devices: int) -> list[str]:

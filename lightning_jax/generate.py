@@ -13,29 +13,26 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-import numpy as np
+import jax
 
 from lightning_jax import parallel
-from lightning_jax.command_line import USAGE_ERROR, mesh_option
+from lightning_jax.command_line import STOPPED, Parser, finish, mesh_option, say, show
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, Speed
-from lightning_jax.input_pipeline import encode
+from lightning_jax.input_pipeline import Tokenizer, encode
 from lightning_jax.input_pipeline.chat_template import encode_chats
 from lightning_jax.trained_model import TrainedModel, load_model
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
-STOPPED = 130  # the exit code of what Ctrl-C ended
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_tokens")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_jax.generate", description="Generates text with a trained model."
-    )
+    parser = Parser(prog="python -m lightning_jax.generate", description="Generates text with a trained model.")
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="PATH", help="a run's folder, or a Hugging Face folder")
     add("--prompt", metavar="TEXT", help="one prompt")
@@ -70,13 +67,19 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     """
     if options.prompt is not None:
         return [options.prompt]
-    if options.prompts is None:
-        return [line.rstrip("\n") for line in sys.stdin]
+    place = "standard input" if options.prompts is None else f"--prompts={options.prompts}"
     try:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        text = sys.stdin.read() if options.prompts is None else options.prompts.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"--prompts={options.prompts}: {why}") from None
+        raise UserError(f"{place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines knows line ends that JSON does not
+    if not lines:
+        raise UserError(f"{place}: it holds no prompt")
+    return lines if options.prompts is None else _parse_prompts(lines, place, chat=options.chat)
+
+
+def _parse_prompts(lines: Sequence[str], place: str, *, chat: bool) -> list[Prompt]:
+    """Raises UserError with a line for each that is no prompt."""
     prompts: list[Prompt] = []
     problems = []
     for number, line in enumerate(lines, start=1):
@@ -85,53 +88,67 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
                 case {"prompt": str(text)}:
                     prompts.append(text)
                     continue
-                case {"messages": [{"role": str()}, *_] as messages} if options.chat:
+                case {"messages": [{"role": str()}, *_] as messages} if chat:
                     prompts.append(messages)
                     continue
-        wanted = '{"prompt": "..."} or {"messages": [...]}' if options.chat else '{"prompt": "..."}'
-        problems.append(f"--prompts={options.prompts}: line {number} is not {wanted}")
+        wanted = '{"prompt": "..."} or {"messages": [...]}' if chat else '{"prompt": "..."}'
+        problems.append(f"{place}: line {number} is not {wanted}")
     if problems:
         raise UserError("\n".join(problems))
     return prompts
 
 
-def encode_prompts(options: argparse.Namespace, model: TrainedModel, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+def encode_prompts(
+    options: argparse.Namespace, model: TrainedModel, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+) -> list[list[int]]:
     """The tokens of each prompt: the beginning of a document, or a chat up to the assistant's turn.
 
     Raises:
         UserError: a line for each mistake.
     """
-    if problems := [f"prompt {number}: it is empty" for number, prompt in enumerate(prompts) if not prompt]:
+    problems = [f"prompt {number}: it is empty" for number, prompt in enumerate(prompts) if not prompt]
+    problems += [f"prompt {number}: it is not UTF-8" for number, prompt in enumerate(prompts) if not _is_text(prompt)]
+    if problems:
         raise UserError("\n".join(problems))
     if not options.chat:
-        bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
-        return [np.array([*bos, *encode(model.tokenizer, prompt)], np.int32) for prompt in prompts]
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [[*bos, *encode(tokenizer, prompt).tolist()] for prompt in prompts if isinstance(prompt, str)]
     if model.chat_template is None:
         raise UserError(f"--chat: {options.source} has no chat template; leave --chat out, or take a chat model")
     system = [{"role": "system", "content": options.system}] if options.system else []
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    return encode_chats(
-        model.tokenizer,
+    encoded = encode_chats(
+        tokenizer,
         model.chat_template,
         [[*system, *chat] for chat in chats],
         special_tokens=model.special_tokens,
         add_generation_prompt=True,
     )
+    return [ids.tolist() for ids in encoded]
 
 
-def make_sampling(options: argparse.Namespace, model: TrainedModel) -> Sampling:
+def _is_text(prompt: Prompt) -> bool:
+    """Whether UTF-8 can hold it: bytes that were no text, and "\\ud800" in JSON, are halves of characters."""
+    try:
+        json.dumps(prompt, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_sampling(options: argparse.Namespace, model: TrainedModel, tokenizer: Tokenizer) -> Sampling:
     """How to sample, ending at the model's eos.
 
     Raises:
         UserError: a token that the model does not have.
     """
-    special = model.tokenizer.special_tokens
+    special = tokenizer.special_tokens
     if unknown := [token for token in options.stop_token if token not in special]:
         known = ", ".join(special) or "none"
         raise UserError(
             "\n".join(f"--stop_token={token}: no special token of the model; known: {known}" for token in unknown)
         )
-    eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     stop_ids = dict.fromkeys((*model.eos_ids, *eos, *(special[token] for token in options.stop_token)))
     return Sampling(
         **{name: getattr(options, name) for name in SAMPLING},
@@ -161,6 +178,10 @@ def check_options(options: argparse.Namespace) -> parallel.MeshConfig | None:
         problems.append("--system: it needs --chat")
     if options.log_probs and not options.out:
         problems.append("--log_probs: they are written with --out only")
+    if options.out and options.out.is_dir():
+        problems.append(f"--out={options.out}: it is a folder; name a file")
+    elif options.out and not options.out.parent.is_dir():
+        problems.append(f"--out={options.out}: there is no folder {options.out.parent}")
     mesh = mesh_option(options.mesh, problems)
     if problems:
         raise UserError("\n".join(problems))
@@ -175,69 +196,73 @@ def generate(options: argparse.Namespace) -> int:
     """
     mesh = check_options(options)
     prompts = read_prompts(options)
-    model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=_say)
-    if model.tokenizer is None:
+    model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=say)
+    if (tokenizer := model.tokenizer) is None:
         raise UserError(f"--from={options.source}: there is no tokenizer in it, and prompts are text")
-    sampling = make_sampling(options, model)
-    tokens = encode_prompts(options, model, prompts)
+    sampling = make_sampling(options, model, tokenizer)
+    tokens = encode_prompts(options, model, tokenizer, prompts)
     generator = make_generator(options, model, tokens)
     if problems := list(filter(None, (generator.problem(n, ids, sampling) for n, ids in enumerate(tokens)))):
         raise UserError("\n".join(problems))
 
     wanted = len(tokens) * options.samples
     streaming = wanted == 1 and not options.out
-    on_text = (lambda prompt, sample, text: print(text, end="", flush=True)) if streaming else None
+    on_text = (lambda prompt, sample, text: show(text, end="")) if streaming else None
     done, exit_code = 0, 0
-    with _open(options.out) as file:
+    with _opened(options.out) as file:
         try:
             for completion in generator.generate(tokens, sampling, on_text=on_text):
-                _show(completion, file, options, streaming=streaming)
+                if streaming:
+                    show("")
+                elif options.out is None:
+                    show(f"--- prompt {completion.prompt}, sample {completion.sample} ({completion.finish_reason})")
+                    show(completion.text or "")
+                elif file:
+                    file.write(_record(completion, log_probs=options.log_probs) + "\n")
+                    file.flush()
                 done += 1
         except KeyboardInterrupt:
             exit_code = STOPPED
     kept = f"; they are in {options.out}" if options.out else ""
-    _say(("stopped: " if exit_code else "") + f"{done} of {wanted} completions{kept}; {_speed(generator.speed)}")
+    say(("stopped: " if exit_code else "") + f"{done} of {wanted} completions{kept}; {_speed(generator.speed)}")
     return exit_code
 
 
-def make_generator(options: argparse.Namespace, model: TrainedModel, tokens: Sequence[np.ndarray]) -> Generator:
+def make_generator(options: argparse.Namespace, model: TrainedModel, tokens: Sequence[Sequence[int]]) -> Generator:
     """With room for the longest prompt and its completion, and no more slots than there will be sequences."""
     longest = max(map(len, tokens), default=0) + options.max_new_tokens
     if model.context_length and longest > model.context_length:
-        _say(f"up to {longest:,} tokens: longer than the {model.context_length:,} that the model was trained on")
+        say(f"up to {longest:,} tokens: longer than the {model.context_length:,} that the model was trained on")
     shards = parallel.batch_shards(model.mesh)
     slots = min(options.slots, max(len(tokens) * options.samples, 1))
     settings = GenerationSettings(slots=-(-slots // shards) * shards, capacity=options.capacity or longest)
     return Generator(model.config, model.params, settings, mesh=model.mesh, tokenizer=model.tokenizer)
 
 
-def _open(path: pathlib.Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    if path is None:
-        return contextlib.nullcontext()
+@contextlib.contextmanager
+def _opened(path: pathlib.Path | None) -> Iterator[TextIO | None]:
+    """The file for completions, which the first process alone writes."""
+    if path is None or jax.process_index() != 0:
+        yield None
+        return
     try:
-        return path.open("w", encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}") from None
 
 
-def _show(completion: Completion, file: TextIO | None, options: argparse.Namespace, *, streaming: bool) -> None:
-    if streaming:
-        print(flush=True)
-    elif file is None:
-        print(f"--- prompt {completion.prompt}, sample {completion.sample} ({completion.finish_reason})")
-        print(completion.text, flush=True)
-    else:
-        record = {
-            "prompt": completion.prompt,
-            "sample": completion.sample,
-            "text": completion.text,
-            "tokens": len(completion.ids),
-            "finish_reason": completion.finish_reason,
-        }
-        if options.log_probs:
-            record |= {"ids": completion.ids, "log_probs": completion.log_probs}
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
+def _record(completion: Completion, *, log_probs: bool) -> str:
+    record: dict[str, Any] = {
+        "prompt": completion.prompt,
+        "sample": completion.sample,
+        "text": completion.text,
+        "tokens": len(completion.ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if log_probs:
+        record |= {"ids": completion.ids, "log_probs": completion.log_probs}
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _speed(speed: Speed) -> str:
@@ -250,21 +275,10 @@ def _speed(speed: Speed) -> str:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 for a user's mistake, 130 where it was stopped."""
     options = parse(arguments)
-    try:
-        return generate(options)
-    except UserError as error:
-        for line in str(error).splitlines():
-            _say(f"error: {line}")
-        return USAGE_ERROR
-    except KeyboardInterrupt:  # before the first completion began
-        return STOPPED
+    return finish(lambda: generate(options), stopped="stopped before the first completion began")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lightning_jax.checkpoints.safetensors_folder import Tensor, open_folder
 from lightning_jax.config import INVALID, RunConfig, parse
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
+from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
 from lightning_jax.input_pipeline.tokenizers import FileTokenizer
 from lightning_jax.models import ModelConfig
 from lightning_jax.models import hugging_face as names
@@ -192,12 +193,18 @@ def _texts_of_run(run: RunConfig) -> Texts:
     """The tokenizer that the run was trained with; a chat template where its file came with one."""
     tokenizer = prepare_tokenizer(run.data)
     eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    template = open_template(run.data)
     if run.data.tokenizer.kind != "file":
-        given = {"bos_token": run.data.tokenizer.bos, "eos_token": run.data.tokenizer.eos}
-        return Texts(tokenizer, None, None, {name: token for name, token in given.items() if token}, eos)
+        given = {name: token for name, token in template_tokens(run.data).items() if token}
+        return Texts(tokenizer, None, template, given, eos)
     folder = Path(run.data.tokenizer.path).expanduser().parent
     texts = _read_text_files(folder, {})
-    return dataclasses.replace(texts, tokenizer=tokenizer, eos_ids=tuple(dict.fromkeys((*texts.eos_ids, *eos))))
+    return dataclasses.replace(
+        texts,
+        tokenizer=tokenizer,
+        chat_template=template or texts.chat_template,
+        eos_ids=tuple(dict.fromkeys((*texts.eos_ids, *eos))),
+    )
 
 
 def _read_text_files(folder: Path, fields: Mapping[str, Any]) -> Texts:

@@ -2,6 +2,7 @@
 
 python -m lightning_jax.plan --config=configs/minimax_text_01.py:456b --schedule --out=schedule.png
 python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --devices=v5p:8x8x8 --out=plan.png
+python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --generation --out=flops.png
 """
 
 import argparse
@@ -19,8 +20,15 @@ from lightning_jax.metrics.formatting import count, scientific
 from lightning_jax.optimizers import learning_rate
 from lightning_jax.planning.compiled import compile_step, described_devices
 from lightning_jax.planning.estimate import estimate
+from lightning_jax.planning.generation_flops import (
+    DEEPSEEK_R1,
+    GenerationCost,
+    generation_table,
+    plot_generation_flops,
+)
 from lightning_jax.planning.hardware import parse_slice
 from lightning_jax.planning.report import plan_lines, plot_plan
+from lightning_jax.run_setup import open_run
 from lightning_jax.stages import Stage, plan_stages
 
 POINTS_PER_STAGE = 500
@@ -109,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--schedule", action="store_true", help="the stages and their schedules")
     what.add_argument("--devices", metavar="CHIP:SHAPE", help="what a step takes there: v5p:8x8x8, v6e:16x16, h100:64")
+    what.add_argument(
+        "--generation", action="store_true", help="the FLOPs of generating up to 128K tokens, beside DeepSeek-R1's"
+    )
     parser.add_argument("--stage", help="--devices: of this stage only")
     parser.add_argument(
         "--compile", action="store_true", help="--devices: ask the compiler too; minutes for large models"
@@ -118,11 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.png", help="plot it as well; .svg and .pdf work too")
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
+        if any(config.stages[name].passes for name in config.run_stages):
+            config, _ = open_run(config, say=print)  # so long as their data are
         stages = plan_stages(config)
         title = f"{config.name} ({config.size_reason})"
         if options.schedule:
             print(schedule_table(stages))
             draw = functools.partial(plot_schedule, stages, title)
+        elif options.generation:
+            costs = [GenerationCost.of(config.name, config.model), DEEPSEEK_R1]
+            print(generation_table(costs))
+            draw = functools.partial(plot_generation_flops, costs)
         else:
             draw = _plan_on_devices(options, config, stages, title)
         if options.out:

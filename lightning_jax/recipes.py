@@ -91,27 +91,41 @@ def minimax(dimensions: Dimensions, *, router_aux_coefficient: float) -> ConfigD
 
 def stage(
     *,
-    tokens: Tokens,
+    tokens: Tokens = 0,
+    passes: float = 0.0,
+    warmup_share: float = 0.0,
     context_length: int,
     rope_theta: float,
     mixture: Mapping[str, float] | tuple[Mapping[str, float], Mapping[str, float]],
+    packing: str = "split",
     batch_size: ConfigDict,
     optimizer: ConfigDict,
     schedule: ConfigDict,
+    reduction: str = "token_mean",
+    preference: Mapping[str, str | float] | None = None,
+    reward_model: Mapping[str, bool | float] | None = None,
 ) -> ConfigDict:
-    """A next-token stage; a pair of mixtures moves linearly from the first to the second."""
+    """A stage; a pair of mixtures moves linearly from the first to the second.
+
+    Its length is so many tokens, or so many passes over its corpora, of whose steps `warmup_share` are warm-up. The
+    objective is the next token, unless there are the numbers of another.
+    """
     start, end = mixture if isinstance(mixture, tuple) else (mixture, mixture)
     corpora = [name for name in {**start, **end} if start.get(name) or end.get(name)]
     return ConfigDict(
         {
-            "objective": "next_token",
+            "objective": "preference" if preference else "reward_model" if reward_model else "next_token",
+            "reduction": reduction,
+            "preference": preference,
+            "reward_model": reward_model,
             "tokens": int(tokens),
+            "passes": {"count": passes, "warmup_share": warmup_share} if passes else None,
             "context_length": context_length,
             "rope_theta": rope_theta,
             "mixture": {
                 "start": {name: start.get(name, 0.0) for name in corpora},
                 "end": {name: end.get(name, 0.0) for name in corpora},
-                "packing": "split",
+                "packing": packing,
             },
             "batch_size": batch_size,
             "optimizer": optimizer,
@@ -153,13 +167,20 @@ def adamw(
     )
 
 
-def wsd(peak: float, final: float, *, warmup_steps: int, decay_steps: int, decay_shape: str = "linear") -> ConfigDict:
-    """Warm up, hold, and fall over the stage's last `decay_steps`."""
+def wsd(
+    peak: float, final: float, *, warmup_steps: int = 0, decay_steps: int = 0, decay_shape: str = "linear"
+) -> ConfigDict:
+    """Warm up, hold, and fall over the stage's last `decay_steps`; without steps, as a stage in passes has them."""
     return _schedule("wsd", peak, final, warmup_steps, decay_steps, decay_shape)
 
 
-def cosine(peak: float, final: float, *, warmup_steps: int, decay_steps: int, first_step: int = 0) -> ConfigDict:
-    """Warm up, then fall until step `decay_steps`; the stage begins at the schedule's `first_step`."""
+def cosine(
+    peak: float, final: float, *, warmup_steps: int = 0, decay_steps: int = 1, first_step: int = 0
+) -> ConfigDict:
+    """Warm up, then fall until step `decay_steps`; the stage begins at the schedule's `first_step`.
+
+    Without steps, as a stage in passes has them.
+    """
     return _schedule("cosine", peak, final, warmup_steps, decay_steps, "cosine", first_step)
 
 
@@ -198,14 +219,18 @@ def blend(*parts: tuple[float, Mapping[str, float]]) -> dict[str, float]:
     return mixture
 
 
+def corpus(
+    format: str, path: str, *, field: str = "", content: str = "text", turns: str = "all", split: str = ""
+) -> dict[str, str]:
+    """A corpus; its `content` is "text", "conversations" or "preferences"."""
+    return {"format": format, "path": path, "split": split, "field": field, "content": content, "turns": turns}
+
+
 def files_on_disk(folder: str, corpora: Iterable[str], *, vocab_size: int, bos: str, eos: str) -> ConfigDict:
     """Corpora in folders of `folder`: JSON lines, compressed, with the text in "text"; and a tokenizer.json there."""
     return ConfigDict(
         {
-            "corpora": {
-                name: {"format": "jsonl", "path": f"{folder}/{name}/*.jsonl.zst", "split": "", "field": "text"}
-                for name in corpora
-            },
+            "corpora": {name: corpus("jsonl", f"{folder}/{name}/*.jsonl.zst", field="text") for name in corpora},
             "tokenizer": {
                 "kind": "file",
                 "path": f"{folder}/tokenizer.json",
@@ -217,16 +242,21 @@ def files_on_disk(folder: str, corpora: Iterable[str], *, vocab_size: int, bos: 
             "validation_fraction": 0.0005,
             "on_bad_record": "skip",
             "max_document_bytes": 64 * 2**20,
+            "chat_template": "",
         }
     )
 
 
 def embedded() -> ConfigDict:
-    """The corpora every Python installation carries, "text" and "code", and a tokenizer trained at first use."""
+    """What needs no files: "text" and "code", which every Python installation carries, a tokenizer trained on them at
+    first use, and generated tasks, "arithmetic" as conversations and "arithmetic_pairs" as preferences.
+    """
+    tasks = {"arithmetic": "conversations", "arithmetic_pairs": "preferences"}
     return ConfigDict(
         {
             "corpora": {
-                name: {"format": "embedded", "path": name, "split": "", "field": ""} for name in EMBEDDED_MIXTURE
+                **{name: corpus("embedded", name) for name in EMBEDDED_MIXTURE},
+                **{name: corpus("generated", "arithmetic", content=content) for name, content in tasks.items()},
             },
             "tokenizer": {
                 "kind": "train",
@@ -239,6 +269,7 @@ def embedded() -> ConfigDict:
             "validation_fraction": 0.05,
             "on_bad_record": "skip",
             "max_document_bytes": 2**20,
+            "chat_template": "tulu",  # needs no special token but eos
         }
     )
 
@@ -362,6 +393,6 @@ def _obstacle(config: ConfigDict, limit: int, num_devices: int) -> str:
     needed = training_bytes(config)
     if needed > STATE_SHARE * limit * (1 if config.mesh.data == -1 else num_devices):
         return f"needs {needed / 2**30:.0f} GiB for weights, moments and gradients"
-    paths = [corpus.path for corpus in config.data.corpora.values() if corpus.format != "embedded"]
+    paths = [corpus.path for corpus in config.data.corpora.values() if corpus.format not in ("embedded", "generated")]
     missing = [path for path in [*paths, config.data.tokenizer.path] if path and not glob.glob(path)]
     return f"needs {missing[0]}, which is not here" if missing else ""

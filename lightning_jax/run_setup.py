@@ -1,14 +1,17 @@
 """What a run opens and says before its first step: the data, the header, the record of what ran where."""
 
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
-from lightning_jax.config import RunConfig
+from lightning_jax.config import RunConfig, StageConfig
 from lightning_jax.input_pipeline import (
+    GlobalBatches,
     PreparedCorpus,
     Progress,
     Tokenizer,
@@ -17,10 +20,12 @@ from lightning_jax.input_pipeline import (
     prepare_tokenizer,
     unigram_cross_entropy,
 )
+from lightning_jax.input_pipeline.packing import pack
 from lightning_jax.metrics import formatting, record_session
 from lightning_jax.models import ModelConfig
 from lightning_jax.models.hybrid import runs
-from lightning_jax.stages import Stage
+from lightning_jax.parallel import RowsOfHost
+from lightning_jax.stages import Stage, with_lengths
 from pallas_kernels import choose_implementation
 
 
@@ -43,16 +48,65 @@ class Data:
         ids = encode(self.tokenizer, text).tolist()
         return ids if ids and self.tokenizer.bos_id is None else [first, *ids]
 
+    def chat_prompts(self, corpus: str, count: int) -> list[list[int]]:
+        """The beginnings of the first held-out chats, up to what the assistant says; at most `count`."""
+        store = self.corpora[corpus].validation
+        prompts = []
+        for document in range(min(count, len(store))):
+            begin, end = store.offsets[document : document + 2]
+            prompts.append(store.tokens[begin : begin + int(np.argmax(store.trained[begin:end]))].tolist())
+        return prompts
+
+
+def open_run(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Data]:
+    """Opens the data; the config comes back with the length of every stage, which may depend on them."""
+    data = open_data(config, say)
+
+    def rows_of_a_pass(stage: StageConfig) -> int:
+        settings = (stage.mixture.packing, stage.context_length, stage.documents_per_example)
+        return sum(len(pack(data.corpora[name].train, *settings)) for name in stage.mixture.start)
+
+    return with_lengths(config, rows_of_a_pass), data
+
+
+def global_batches(
+    stages: Sequence[Stage], stage: Stage, corpora: Mapping[str, PreparedCorpus], *, seed: int, host: RowsOfHost
+) -> GlobalBatches:
+    """The batches of a stage, which reads each corpus on from where stages that cut it into equal rows left it."""
+    rows_before: dict[str, int] = {}
+    for each in stages[: stages.index(stage) + 1]:
+        if _cut(each) != _cut(stage):
+            continue
+        batches = GlobalBatches(
+            {name: corpus.train for name, corpus in corpora.items()},
+            each.config.mixture,
+            each.batch_sizes,
+            each.config.context_length,
+            seed=seed,
+            documents_per_example=each.config.documents_per_example,
+            rows_before=rows_before,
+            process_index=host.index,
+            process_count=host.count,
+        )
+        rows_before |= batches.row_counts(len(batches))
+    return batches
+
+
+def _cut(stage: Stage) -> tuple[int, str, int]:
+    return stage.config.context_length, stage.config.mixture.packing, stage.config.documents_per_example
+
 
 def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
-    """Opens the corpora, preparing at first use what is not in the cache, and says what they are made of."""
+    """Opens the corpora of the stages that run, preparing what is not in the cache, and says what they are made of."""
     tokenizer = prepare_tokenizer(config.data)
 
     def progress(done: Progress) -> None:
         if sys.stdout.isatty():
             say(f"tokenizing {done.corpus}: {formatting.count(done.tokens)} tokens")
 
-    corpora = prepare(config.data, tokenizer, progress=progress)
+    wanted = {name for stage in config.run_stages for name in config.stages[stage].mixture.start}
+    chosen = {name: corpus for name, corpus in config.data.corpora.items() if name in wanted}
+    corpora = prepare(dataclasses.replace(config.data, corpora=chosen), tokenizer, progress=progress)
     for corpus in corpora.values():
         say(f"corpus {corpus}")
     return Data(tokenizer, corpora)
@@ -104,7 +158,7 @@ def record_run(config: RunConfig, stages: Sequence[Stage], data: Data, folder: p
         "unigram_entropy": {
             name: unigram_cross_entropy(corpus.train, corpus.validation, data.tokenizer.vocab_size)
             for name, corpus in data.corpora.items()
-            if corpus.validation.num_tokens
+            if corpus.validation.num_tokens and corpus.validation.trained is None
         },
         "stages": [
             {

@@ -1,5 +1,8 @@
 """The stages of a run, placed one after the other on the run's count of steps and tokens."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_jax.config import RunConfig, StageConfig
@@ -35,6 +38,28 @@ def plan_stages(config: RunConfig) -> list[Stage]:
         stages.append(Stage(name, stage, sizes, step, token))
         step, token = step + sizes.num_steps, token + sizes.tokens_before(sizes.num_steps)
     return stages
+
+
+def with_lengths(config: RunConfig, rows_of_a_pass: Callable[[StageConfig], int]) -> RunConfig:
+    """The config in which stages with a length in passes have their tokens, warm-up and fall.
+
+    Args:
+      rows_of_a_pass: over all corpora of a stage.
+    """
+    stages = {
+        name: _with_length(stage, rows_of_a_pass(stage)) if stage.passes and name in config.run_stages else stage
+        for name, stage in config.stages.items()
+    }
+    return dataclasses.replace(config, stages=stages)
+
+
+def _with_length(stage: StageConfig, rows: int) -> StageConfig:
+    tokens = math.ceil(stage.passes.count * rows) * stage.context_length
+    steps = BatchSizes(stage.batch_size, stage.context_length, tokens).num_steps
+    warmup = math.ceil(stage.passes.warmup_share * steps)
+    decay = {"wsd": steps - warmup, "cosine": max(steps, warmup + 1), "constant": 0}[stage.schedule.kind]
+    schedule = dataclasses.replace(stage.schedule, warmup_steps=warmup, decay_steps=decay)
+    return dataclasses.replace(stage, tokens=tokens, schedule=schedule)
 
 
 def num_micro_batches(config: StageConfig, rows: int, shards: int) -> int:

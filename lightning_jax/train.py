@@ -8,35 +8,30 @@ killed and started again ends with the same bits as one that never was.
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import json
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lightning_jax import parallel
-from lightning_jax.checkpoints import Checkpoints, restore_newest, run_lock
+from lightning_jax.checkpoints import Checkpoints, newest_manifest, restore_newest, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
-from lightning_jax.generation import sample_prompts
-from lightning_jax.input_pipeline import GlobalBatches, cache_folder, validation_batches
+from lightning_jax.input_pipeline import GlobalBatches, PreparedCorpus, cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
-from lightning_jax.models import HybridLM
-from lightning_jax.objectives import NextToken
-from lightning_jax.optimizers import build_optimizer, learning_rate
-from lightning_jax.run_setup import describe, open_data, record_run
+from lightning_jax.programs import Programs
+from lightning_jax.reference import with_reference
+from lightning_jax.run_setup import describe, global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
-from lightning_jax.stages import Stage, num_micro_batches, plan_stages
-from lightning_jax.train_step import Batch, TrainState, make_evaluation_step, make_train_step
+from lightning_jax.stages import Stage, plan_stages
+from lightning_jax.train_step import Batch, TrainState
+from lightning_jax.validation import Validation, describe_measures, samples
 
 # What may change between two starts of a run without making it another run.
 FREE_TO_CHANGE = ("size_reason", "mesh", "checkpoints", "metrics", "max_nonfinite_steps", "data.cache_dir")
@@ -69,31 +64,14 @@ class Trainer:
     ):
         if problems := config.problems_on(jax.device_count()):
             raise ConfigError(problems)
-        self.config, self.folder = config, folder
+        self.folder = folder
         self.init_from, self.change_config = init_from, change_config
         self.writer: MetricsWriter | None = None
-        self.stages = plan_stages(config)
-        self.mesh = parallel.make_mesh(config.mesh)
-        self._rows = parallel.batch_sharding(self.mesh)
-        self._shards = parallel.batch_shards(self.mesh)
-
-        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
-        make_model = functools.partial(HybridLM, config.model, operators=operators)
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
-        optimizer = self._optimizer(self.stages[0])
-
-        def create() -> TrainState:
-            params = nnx.state(make_model(rngs=nnx.Rngs(params=config.seed)), nnx.Param)
-            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
-
-        self._create = create
-        shapes = jax.eval_shape(create)
-        self._shardings = parallel.shardings(shapes, self.mesh)
-        self._abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            self._shardings,
-        )
+        self._early: list[str] = []
+        self._say = self._early.append  # until there is a console, which needs the history that a restore leaves
+        self.config, self.data = open_run(config, self._say)
+        self.stages = plan_stages(self.config)
+        self.programs = Programs(self.config, self.stages)
 
     def train(self) -> int:
         """Trains to the end, or until a signal comes; returns the exit code of the process.
@@ -129,12 +107,12 @@ class Trainer:
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, TrainState]:
         """Restores or begins, and opens everything that the stages share."""
-        early: list[str] = []
-        self._say = early.append  # until there is a console, which needs the history that a restore leaves
+        said_before = len(self._early)
         checkpoints = stack.enter_context(
             Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=self._say_of_checkpoints)
         )
         state, saved = self._restore_or_create(checkpoints)
+        said_of_checkpoints = self._early[said_before:]
         step = self._step = int(state.step)
         (self.folder / "config.json").write_text(self.config.to_json() + "\n")
         self.writer = stack.enter_context(
@@ -151,11 +129,15 @@ class Trainer:
         stack.enter_context(_announced(self.console))
         self._say = self.console.say
         self.console.header(f"lightning_jax: {self.config.name}", describe(self.config, self.stages, self.folder))
-        for line in early:
+        for line in self._early:
             self._say(line)
+        for line in said_of_checkpoints:
             self.writer.event("checkpoint", line, step=step)
-        self.data = open_data(self.config, self._say)
-        self._metadata = {"config": json.loads(self.config.to_json()), "data": self.data.fingerprints}
+        self._metadata = {
+            "config": json.loads(self.config.to_json()),
+            "data": self.data.fingerprints,
+            "references": saved.get("references", {}) if saved else {},
+        }
         if saved:
             self._accept(
                 f"data of {name}: not what the run was started with (other files, or other versions of packages)"
@@ -178,21 +160,29 @@ class Trainer:
 
     def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on with, and the metadata it was saved with, if this run had saved it."""
-        if restored := checkpoints.restore(self._abstract_state):
+        if restored := checkpoints.restore(self.programs.abstract_state):
             current = json.loads(self.config.to_json())
             self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
             self._say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
-        state = parallel.create_sharded(self._create, self.mesh)
-        if self.init_from is None:
-            return state, None
+        state = self.programs.first_state()
+        return state if self.init_from is None else self._begin_with(self.init_from, state), None
+
+    def _begin_with(self, run: pathlib.Path, state: TrainState) -> TrainState:
+        """The state with the parameters of another run; a reward model may begin as a language model."""
+        params = self.programs.abstract_state.params
+        manifest = newest_manifest(run / "checkpoints")
+        backbone = manifest and "backbone" in params and not any("backbone/" in path for path in manifest.leaves)
         restored = restore_newest(
-            self.init_from / "checkpoints", {"params": self._abstract_state.params}, say=self._say, partial=True
+            run / "checkpoints", {"params": params["backbone"] if backbone else params}, say=self._say, partial=True
         )
         if restored is None:
-            raise ConfigError([f"--init_from={self.init_from}: there is no checkpoint in this folder"])
-        self._say(f"parameters from step {restored.step} of {self.init_from}")
-        return state._replace(params=restored.state["params"]), None
+            raise ConfigError([f"--init_from={run}: there is no checkpoint in this folder"])
+        self._say(f"parameters from step {restored.step} of {run}")
+        params = restored.state["params"]
+        if backbone:
+            params = nnx.State({**state.params, "backbone": params})
+        return state._replace(params=params)
 
     def _accept(self, changes: Iterable[str]) -> None:
         """Refuses to go on with another config or other data than those of the checkpoint, unless told to."""
@@ -206,8 +196,9 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
-        batches = self._batches(stage)
-        evaluate = self._evaluation(stage)
+        corpora = self._corpora(stage, state)
+        batches = global_batches(self.stages, stage, corpora, seed=self.config.seed, host=self.programs.host)
+        validate = Validation(stage, corpora, self.programs, self.config.metrics.evaluation_batches)
         first_step = int(state.step)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
         passes = ", ".join(f"{name} {passes:.2f}" for name, passes in batches.epochs(len(batches)).items())
@@ -220,10 +211,10 @@ class Trainer:
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
                 self._step = step + 1
-                batch = self._on_devices(next(iterator))
+                batch = self.programs.on_devices(next(iterator))
                 compiling = rows not in train_steps
                 if compiling:
-                    train_steps[rows] = self._train_step(stage, rows)
+                    train_steps[rows] = self.programs.train_step(stage, rows)
                 with self.timer.pause() if compiling else contextlib.nullcontext():
                     state, metrics = train_steps[rows](state, batch)
                 if unreported:  # only now, so that the devices have this step to work on while the host reads that one
@@ -240,11 +231,9 @@ class Trainer:
                 unreported = None
                 with self.timer.pause():
                     if evaluating:
-                        record = self.writer.write(
-                            step + 1, {"validation_loss": evaluate(state.params), "stage": stage.name}
-                        )
-                        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["validation_loss"].items())
-                        self._say(f"step {step + 1:,}: validation loss: {losses}")
+                        measures = validate(state.params)
+                        self.writer.write(step + 1, measures | {"stage": stage.name})
+                        self._say(f"step {step + 1:,}: {describe_measures(measures)}")
                     if ends:
                         self._write_samples(stage, state)
                     if saving:
@@ -253,63 +242,23 @@ class Trainer:
                     break
         return state
 
-    def _batches(self, stage: Stage) -> GlobalBatches:
-        """The batches of a stage, which reads each corpus on from where stages that cut it into equal rows left it."""
-        rows_before: dict[str, int] = {}
-        for each in self.stages[: self.stages.index(stage) + 1]:
-            if _cut(each) != _cut(stage):
-                continue
-            batches = GlobalBatches(
-                {name: corpus.train for name, corpus in self.data.corpora.items()},
-                each.config.mixture,
-                each.batch_sizes,
-                each.config.context_length,
-                seed=self.config.seed,
-                rows_before=rows_before,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            rows_before |= batches.row_counts(len(batches))
-        return batches
-
-    def _train_step(self, stage: Stage, rows: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-        step = make_train_step(
-            self.graphdef,
-            self._objective(stage),
-            self._optimizer(stage),
-            self._learning_rate(stage),
-            first_step=stage.first_step,
-            num_micro_batches=num_micro_batches(stage.config, rows, self._shards),
+    def _corpora(self, stage: Stage, state: TrainState) -> Mapping[str, PreparedCorpus]:
+        """The corpora of a stage; those of preference tuning with what the reference says of them."""
+        corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
+        if stage.config.objective != "preference":
+            return corpora
+        begins = int(state.step) == stage.first_step
+        corpora, key = with_reference(
+            stage,
+            corpora,
+            params=state.params,
+            saved_key=None if begins else self._metadata["references"][stage.name],
+            programs=self.programs,
+            folder=self.folder,
+            say=self._say,
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
-
-    def _evaluation(self, stage: Stage) -> Callable[[nnx.State], dict[str, float]]:
-        """Validation loss by corpus, in nats per token, always on the same rows."""
-        objective, rows = self._objective(stage), stage.batch_sizes.rows(0)
-        rows //= num_micro_batches(stage.config, rows, self._shards)
-        step = jax.jit(make_evaluation_step(self.graphdef, objective))
-        batches = {
-            name: validation_batches(
-                self.data.corpora[name].validation,
-                stage.config.context_length,
-                batch_rows=rows,
-                num_batches=self.config.metrics.evaluation_batches,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            for name in stage.config.mixture.start
-            if self.data.corpora[name].validation.num_tokens > 1
-        }
-
-        def evaluate(params: nnx.State) -> dict[str, float]:
-            losses = {}
-            for name, each in batches.items():
-                sums = [step(params, self._on_devices(batch)) for batch in each]
-                total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
-                losses[name] = float(objective.loss(total)[1]["loss"])
-            return losses
-
-        return evaluate
+        self._metadata["references"] |= {stage.name: key}
+        return corpora
 
     def _report(self, stage: Stage, batches: GlobalBatches, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
@@ -332,7 +281,8 @@ class Trainer:
             "context_length": stage.config.context_length,
         }
         flops = self.config.model.flops_per_token(stage.config.context_length, intervals.flops_convention)
-        self.console.progress(self.writer.write(step, values | place, self.timer.lap(flops, self.mesh.devices.flat)))
+        timing = self.timer.lap(flops, self.programs.mesh.devices.flat)
+        self.console.progress(self.writer.write(step, values | place, timing))
 
     def _dump(self, step: int, batch: Batch, skipped: int) -> None:
         """Keeps the batch of a step that was skipped. Raises NonFiniteError after too many in a row."""
@@ -349,34 +299,9 @@ class Trainer:
             )
 
     def _write_samples(self, stage: Stage, state: TrainState) -> None:
-        settings, tokenizer = self.config.metrics, self.data.tokenizer
-        if not settings.sample_prompts or not settings.sample_tokens:
-            return
-        continuations = sample_prompts(
-            dataclasses.replace(self.config.model, rope_theta=stage.config.rope_theta),
-            state.params,
-            [self.data.prompt(prompt) for prompt in settings.sample_prompts],
-            num_tokens=settings.sample_tokens,
-            temperature=settings.sample_temperature,
-            seed=self.config.seed,
-            mesh=self.mesh,
-        )
-        for prompt, ids in zip(settings.sample_prompts, continuations, strict=True):
-            text = tokenizer.decode(ids)
+        for prompt, text in samples(self.config, stage, self.data, state.params, self.programs):
             self.writer.sample(int(state.step), stage=stage.name, prompt=prompt, text=text)
             self._say(f"sample: {prompt!r} -> {text!r}")
-
-    def _objective(self, stage: Stage) -> NextToken:
-        return NextToken(self.config.model, stage.config.rope_theta)
-
-    def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
-        return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
-
-    def _optimizer(self, stage: Stage) -> Any:
-        return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
-
-    def _on_devices(self, batch: Batch) -> Batch:
-        return {name: jax.make_array_from_process_local_data(self._rows, array) for name, array in batch.items()}
 
 
 def _keep_compiled_programs(folder: pathlib.Path) -> None:
@@ -396,10 +321,6 @@ def _announced(console: Console) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-
-
-def _cut(stage: Stage) -> tuple[int, str]:
-    return stage.config.context_length, stage.config.mixture.packing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

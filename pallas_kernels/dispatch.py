@@ -13,11 +13,12 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.chunked import chunked_lightning_attention
+from pallas_kernels.gpu import plans as gpu
 from pallas_kernels.reference import recurrent_lightning_attention
 from pallas_kernels.tpu import attention as tpu
 from pallas_kernels.varying import vary_alike
 
-Implementation = Literal["auto", "xla", "pallas_tpu", "reference"]
+Implementation = Literal["auto", "xla", "pallas_tpu", "pallas_gpu", "reference"]
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -48,8 +49,9 @@ def lightning_attention(
       initial_state: [B, H, K, V] in float32 (float64 for fp64 inputs), of the first token's document. None: zeros.
       return_final_state: whether to return the state behind the last token as well, of the last token's document.
         It continues the sequence as the `initial_state` of a further call.
-      implementation: "xla" works chunk by chunk on any platform; "pallas_tpu" is the kernel for TPUs; "reference" works
-        token by token, to compare with; "auto" takes what `choose_implementation` says.
+      implementation: "xla" works chunk by chunk on any platform; "pallas_tpu" is the kernel for TPUs, "pallas_gpu" the
+        one for Hopper GPUs; "reference" works token by token, to compare with; "auto" takes what
+        `choose_implementation` says.
       chunk_size: tokens per chunk. It changes speed and rounding only. None: chosen for the platform.
 
     Returns:
@@ -85,6 +87,9 @@ def choose_implementation(key_dim: int, value_dim: int, dtype: jnp.dtype) -> Cho
         if obstacle:
             return Choice("xla", obstacle)
         return Choice("pallas_tpu", f"the kernel for TPU {tpu.generation().removeprefix('tpu')}")
+    if platform == "gpu":
+        obstacle = gpu.obstacle(key_dim, value_dim, dtype)
+        return Choice("xla", obstacle) if obstacle else Choice("pallas_gpu", "the kernel for Hopper GPUs")
     return Choice("xla", f"no kernel for {platform}; the portable form runs everywhere")
 
 
@@ -97,10 +102,18 @@ def _run_xla(q, k, v, log_decay, segment_ids, initial_state, chunk_size):
     return chunked_lightning_attention(q, k, v, log_decay, segment_ids, initial_state, size)
 
 
+def _run_pallas_gpu(*arguments):
+    # Mosaic GPU takes a second to import, and older versions of JAX lack parts of it.
+    from pallas_kernels.gpu.attention import lightning_attention
+
+    return lightning_attention(*arguments)
+
+
 RUN: dict[Implementation, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": _run_reference,
     "xla": _run_xla,
     "pallas_tpu": tpu.lightning_attention,
+    "pallas_gpu": _run_pallas_gpu,
 }
 
 

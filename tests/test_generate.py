@@ -140,12 +140,31 @@ def test_every_mistake_in_the_options_has_its_line(capsys):
         (["--prompts=missing.jsonl"], "--prompts=missing.jsonl: No such file or directory"),
         (["--prompt=a", "--mesh=data=0"], "--mesh: data: 0 devices cannot serve an axis"),
         (["--prompt=a", "--mesh=data=-1,fsdp=-1"], "--mesh: fsdp: data takes all devices left over already"),
-        (["--prompt=a", "--out=/nowhere/out.jsonl"], "--out=/nowhere/out.jsonl: No such file or directory"),
+        (["--prompt=a", "--out=/nowhere/out.jsonl"], "--out=/nowhere/out.jsonl: there is no folder /nowhere"),
+        (["--prompt=a", "--out=/"], "--out=/: it is a folder; name a file"),
+        (["--prompt=a", "--out=/dev/full"], "--out=/dev/full: No space left on device"),
+        (["--prompt=\ud800"], "prompt 0: it is not UTF-8"),
+        (["--prompts=/"], "--prompts=/: Is a directory"),
+        (["--prompts=/dev/null"], "--prompts=/dev/null: it holds no prompt"),
     ],
 )
 def test_a_mistake_has_its_line(capsys, arguments, message):
     (line,) = errors(capsys, *arguments)
     assert line.startswith(message)
+
+
+def test_a_standard_input_without_text_has_its_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert errors(capsys) == ["standard input: it holds no prompt"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), "utf-8", "surrogateescape"))
+    assert errors(capsys) == ["prompt 1: it is not UTF-8"]
+
+
+def test_a_line_of_json_ends_where_json_says(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
+    options = generate.parse(["--from=model", f"--prompts={path}"])
+    assert generate.read_prompts(options) == ["one\u2028line"]
 
 
 def test_every_line_of_a_file_that_is_no_prompt_is_named(tmp_path, capsys):

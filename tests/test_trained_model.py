@@ -94,6 +94,12 @@ def test_the_compute_dtype_can_be_chosen_and_float16_widens(folders, tmp_path):
     assert load_model(half, say=print).config.param_dtype == "float32"
 
 
+@pytest.mark.parametrize("name", ["theirs", "ours"])
+def test_a_folder_may_be_named_from_the_working_directory(folders, monkeypatch, name):
+    monkeypatch.chdir(folders)
+    assert load_model(name, say=print).name == name
+
+
 def test_what_cannot_be_loaded_has_its_line(folders, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_model(tmp_path / "nothing", say=print)

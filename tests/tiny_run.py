@@ -25,6 +25,7 @@ def write_corpus(folder: pathlib.Path) -> None:
 def arguments(folder: pathlib.Path, workdir: str, **more: object) -> list[str]:
     """Command-line arguments of the run; `more` are further overrides, with __ for dots."""
     overrides: dict[str, object] = {
+        "run_stages": "pretraining,context_extension",
         "model.vocab_size": 512,
         "model.hidden_size": 32,
         "model.num_layers": 3,

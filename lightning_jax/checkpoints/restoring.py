@@ -65,7 +65,8 @@ def restore_newest(
                     "saved with, or another folder"
                 )
             try:
-                arrays = ArrayFiles().read(folder / str(step) / ARRAYS, state_tree.stored_shapes(leaves))
+                path = (folder / str(step) / ARRAYS).absolute()  # Orbax takes no other
+                arrays = ArrayFiles().read(path, state_tree.stored_shapes(leaves))
             except DamagedError as damage:
                 reason = str(damage)
         if processes.all_agree(not reason):

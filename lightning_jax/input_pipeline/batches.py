@@ -16,10 +16,9 @@ import numpy as np
 from lightning_jax.input_pipeline.config import MixtureConfig
 from lightning_jax.input_pipeline.errors import DataError
 from lightning_jax.input_pipeline.mixture import Mixture
-from lightning_jax.input_pipeline.packing import Batch, BestFitRows, Documents, SplitRows
+from lightning_jax.input_pipeline.packing import Batch, Documents, pack
 from lightning_jax.input_pipeline.shuffle import fold_key, shuffled
 
-_PACKINGS = {"split": SplitRows, "best_fit": BestFitRows}
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
@@ -49,6 +48,7 @@ class GlobalBatches:
       batch_sizes: rows of each step.
       context_length: T.
       seed: decides the order of corpora and of the rows of each.
+      documents_per_example: 2 for preferences, else 1.
       rows_before: rows of each corpus that were read already, by an earlier stage of the same context length and
         packing: this one reads on from there. From `row_counts` of that stage.
       process_index, process_count: which host this is, of how many.
@@ -66,6 +66,7 @@ class GlobalBatches:
         context_length: int,
         *,
         seed: int,
+        documents_per_example: int = 1,
         rows_before: Mapping[str, int] = types.MappingProxyType({}),
         process_index: int = 0,
         process_count: int = 1,
@@ -75,7 +76,9 @@ class GlobalBatches:
         for rows in sorted({batch_sizes.rows(step) for step in range(batch_sizes.num_steps)}):
             _host_slice(rows, process_index, process_count)
         self._mixture = Mixture(mixture, stores.keys(), batch_sizes.first_row(batch_sizes.num_steps), seed)
-        self._corpora = [_PACKINGS[mixture.packing](stores[name], context_length) for name in self._mixture.names]
+        self._corpora = [
+            pack(stores[name], mixture.packing, context_length, documents_per_example) for name in self._mixture.names
+        ]
         self._rows_before = [rows_before.get(name, 0) for name in self._mixture.names]
         self._keys = [fold_key("rows", seed, name) for name in self._mixture.names]
         self._batch_sizes = batch_sizes
@@ -125,20 +128,21 @@ def validation_batches(
     *,
     batch_rows: int,
     num_batches: int,
+    documents_per_example: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
     """The same held-out rows every time, of all parts of the corpus: this host's part of each batch, arrays [B, T].
 
-    The rows are concatenated documents, cut, in a shuffled order. A store with fewer than batch_rows * num_batches rows
-    is used once: the last batch is filled up with padding, and further ones are left out.
+    The rows are concatenated documents, cut, or packed examples, in a shuffled order. A store with fewer than
+    batch_rows * num_batches rows is used once: the last batch is filled up with padding, and further ones are left out.
 
     Raises:
       BatchError: a batch cannot be divided among the hosts.
       PackingError: the store holds nothing to predict.
     """
     part = _host_slice(batch_rows, process_index, process_count)
-    rows = SplitRows(store, context_length)
+    rows = pack(store, "split" if store.trained is None else "best_fit", context_length, documents_per_example)
     order = shuffled(np.arange(min(len(rows), batch_rows * num_batches)), len(rows), fold_key("validation"))
     batches = []
     for first in range(0, len(order), batch_rows):

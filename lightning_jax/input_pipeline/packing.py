@@ -1,11 +1,15 @@
 """Documents laid into rows of fixed length, each row computable from its number alone.
 
-Two layouts:
-  SplitRows    concatenate all documents, then cut: no padding, documents cut wherever a row ends.
-  BestFitRows  best-fit-decreasing bin packing: documents stay whole where they fit a row; a little padding.
-               Source: "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830) section 3.
-
+Layouts of text:
+  SplitRows        concatenate all documents, then cut: no padding, documents cut wherever a row ends.
+  BestFitRows      best-fit-decreasing bin packing: documents stay whole where they fit a row; a little padding.
+                   Source: "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830) section 3.
 In both, every (input, target) pair of neighbouring tokens of every document stands in exactly one row, exactly once.
+
+Layouts of examples, which are one document (a chat) or two (the chosen and the rejected chat of a pair), never in more
+than one row, and cut off where they are too long:
+  BestFitExamples  bin packing as above.
+  OneExamplePerRow a row for each, the rest of it padding.
 
 Shapes: R rows, T tokens of a row (the context length), P pieces of documents in those rows.
 """
@@ -13,9 +17,9 @@ Shapes: R rows, T tokens of a row (the context length), P pieces of documents in
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,8 +28,9 @@ from lightning_jax.input_pipeline.shuffle import fold_key
 
 Batch = dict[str, np.ndarray]
 """Arrays [R, T]: `inputs`, `targets` int32; `segment_ids` int32, pieces of a row numbered 1, 2, ..., 0 for padding;
-`positions` int32, from 0 in each piece; `loss_mask` bool, whether the target continues the input's document. Targets
-outside the mask, and all padding, are 0."""
+`positions` int32, from 0 in each piece; `loss_mask` bool, whether the target continues the input's document and is
+trained. Targets outside the mask, and all padding, are 0. A value that documents have comes as float32 [R, T] too: that
+of segment s in column s - 1, and 0 behind the last."""
 
 
 class PackingError(DataError):
@@ -38,6 +43,8 @@ class Documents(Protocol):
     folder: Path
     tokens: np.ndarray  # integers [num_tokens]
     offsets: np.ndarray  # int64 [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]]
+    trained: np.ndarray | None  # bool [num_tokens]; None where all are
+    document_values: Mapping[str, np.ndarray]  # float32 [documents] each
 
     @property
     def fingerprint(self) -> str: ...  # of the content
@@ -67,6 +74,8 @@ class PackedRows(ABC):
             )
         self._tokens = store.tokens
         self._offsets = store.offsets
+        self._trained = store.trained
+        self._document_values = store.document_values
         self.context_length = context_length
 
     @abstractmethod
@@ -94,13 +103,17 @@ class PackedRows(ABC):
         # From here on one entry per input token.
         position = _counting(pieces.length)
         token = np.repeat(pieces.start, pieces.length) + position
-        has_target = token + 1 < np.repeat(pieces.document_end, pieces.length)
+        trained = token + 1 < np.repeat(pieces.document_end, pieces.length)
+        target = token + trained
+        if self._trained is not None:
+            trained &= self._trained[target]
+        segment_P = _counting(pieces.per_row)
         values = {
             "inputs": self._tokens[token],
-            "targets": np.where(has_target, self._tokens[token + has_target], 0),
-            "segment_ids": np.repeat(_counting(pieces.per_row) + 1, pieces.length),
+            "targets": np.where(trained, self._tokens[target], 0),
+            "segment_ids": np.repeat(segment_P + 1, pieces.length),
             "positions": position,
-            "loss_mask": has_target,
+            "loss_mask": trained,
         }
         slot = np.repeat(slot_P, pieces.length) + position
         batch = {}
@@ -108,7 +121,19 @@ class PackedRows(ABC):
             array = np.zeros(len(rows) * self.context_length, bool if name == "loss_mask" else np.int32)
             array[slot] = value
             batch[name] = array.reshape(len(rows), self.context_length)
+        for name, value in self._document_values.items():
+            batch[name] = np.zeros((len(rows), self.context_length), np.float32)
+            batch[name][row_P, segment_P] = value[self._document_of(pieces.start)]
         return batch
+
+    def documents(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, segment - 1, document) of every piece in the given rows, [P] each, all counted from 0."""
+        pieces = self.pieces(rows)
+        row_P = np.repeat(np.arange(len(rows)), pieces.per_row)
+        return row_P, _counting(pieces.per_row), self._document_of(pieces.start)
+
+    def _document_of(self, start_P: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._offsets, start_P, side="right") - 1
 
 
 class SplitRows(PackedRows):
@@ -144,13 +169,15 @@ class BestFitRows(PackedRows):
     """
 
     window = 2**18
+    _targets_behind = 1  # a piece's last input has a target, the token behind it
 
     def __init__(self, store: Documents, context_length: int):
         super().__init__(store, context_length)
-        key = fold_key("best_fit", 1, store.fingerprint, context_length, self.window)
-        folder = Path(store.folder) / f"best_fit_{context_length}_{key:016x}"
+        name, *version = self._layout()
+        key = fold_key(name, *version, store.fingerprint, context_length, self.window)
+        folder = Path(store.folder) / f"{name}_{context_length}_{key:016x}"
         if not folder.exists():
-            _write_index(folder, _pack_windows(store.offsets, context_length, self.window))
+            _write_index(folder, self._windows())
         self._start, self._length, self._row_end = (_map_index(folder, name) for name in _INDEX_FILES)
 
     def __len__(self) -> int:
@@ -166,7 +193,92 @@ class BestFitRows(PackedRows):
         per_row = self._row_end[rows] - first
         piece = np.repeat(first, per_row) + _counting(per_row)
         start, length = self._start[piece], self._length[piece].astype(np.int64)
-        return Pieces(per_row, start, length, start + length + 1)
+        return Pieces(per_row, start, length, start + length + self._targets_behind)
+
+    def _layout(self) -> tuple[str | int, ...]:
+        """Of the index: its name, and what tells it from another one."""
+        return "best_fit", 1
+
+    def _windows(self) -> Iterator[dict[str, np.ndarray]]:
+        return _pack_windows(self._offsets, self.context_length, self.window)
+
+
+class _Examples:
+    """Of the two layouts of examples: what of a document is in a row.
+
+    Its last token is an input too, with no target, for that is where a reward model reads its score.
+
+    Args:
+      documents_per_example: 1 for chats, 2 for pairs.
+    """
+
+    def __init__(self, store: Documents, context_length: int, documents_per_example: int = 1):
+        if (len(store.offsets) - 1) % documents_per_example:
+            raise PackingError(f"{store.folder}: an odd number of chats; give this stage a corpus of preferences")
+        if np.any(np.diff(store.offsets) < 2):
+            raise PackingError(f"{store.folder}: a chat of fewer than two tokens; prepare the corpus again")
+        self.documents_per_example = documents_per_example
+        super().__init__(store, context_length)
+
+    def _inputs(self, offsets: np.ndarray) -> np.ndarray:
+        return np.minimum(np.diff(offsets), self.context_length // self.documents_per_example)
+
+
+class BestFitExamples(_Examples, BestFitRows):
+    """Examples packed by the length that all their documents have together, in windows as those of BestFitRows."""
+
+    _targets_behind = 0
+
+    def _layout(self) -> tuple[str | int, ...]:
+        return "best_fit_examples", 1, self.documents_per_example
+
+    def _windows(self) -> Iterator[dict[str, np.ndarray]]:
+        num_pieces, per_example = 0, self.documents_per_example
+        for first in range(0, len(self._offsets) - 1, self.window):
+            offsets = self._offsets[first : first + self.window + 1]
+            length_EP = self._inputs(offsets).reshape(-1, per_example)
+            start_EP = offsets[:-1].reshape(-1, per_example)
+            row_E = best_fit_decreasing(length_EP.sum(axis=1), self.context_length)
+            order_E = np.argsort(row_E, kind="stable")
+            row_end = num_pieces + np.cumsum(np.bincount(row_E)) * per_example
+            yield {"start": start_EP[order_E].ravel(), "length": length_EP[order_E].ravel(), "row_end": row_end}
+            num_pieces = int(row_end[-1])
+
+
+class OneExamplePerRow(_Examples, PackedRows):
+    """Row i is example i."""
+
+    def __len__(self) -> int:
+        return (len(self._offsets) - 1) // self.documents_per_example
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        document = (rows[:, None] * self.documents_per_example + np.arange(self.documents_per_example)).ravel()
+        start = self._offsets[document]
+        share = self.context_length // self.documents_per_example
+        length = np.minimum(self._offsets[document + 1] - start, share)
+        return Pieces(np.full(len(rows), self.documents_per_example), start, length, start + length)
+
+
+def pack(
+    store: Documents,
+    packing: Literal["split", "best_fit", "one_per_row"],
+    context_length: int,
+    documents_per_example: int = 1,
+) -> PackedRows:
+    """The rows of a store of text, or of examples where it says which tokens are trained.
+
+    Raises:
+      PackingError: the store holds nothing to predict, or cannot be packed so.
+    """
+    if store.trained is None:
+        layouts = {"split": SplitRows, "best_fit": BestFitRows}
+        if packing not in layouts or documents_per_example > 1:
+            raise PackingError(f'{store.folder}: text, which has no pairs and is packed by "split" or "best_fit"')
+        return layouts[packing](store, context_length)
+    examples = {"best_fit": BestFitExamples, "one_per_row": OneExamplePerRow}
+    if packing not in examples:
+        raise PackingError(f'{store.folder}: "{packing}" would cut chats; pack them by "best_fit" or "one_per_row"')
+    return examples[packing](store, context_length, documents_per_example)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

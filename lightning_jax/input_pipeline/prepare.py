@@ -26,16 +26,24 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.input_pipeline.config import DataConfig
+from lightning_jax.input_pipeline.encoding import ChatsEncoder, Example, TextEncoder, make_encoder
 from lightning_jax.input_pipeline.errors import DataError, SourceError, TokenizerError, TokenStoreError
-from lightning_jax.input_pipeline.readers import Record
-from lightning_jax.input_pipeline.sources import RecordReport, Source, fingerprint, open_source, read_documents
+from lightning_jax.input_pipeline.readers import Problem, Record
+from lightning_jax.input_pipeline.sources import (
+    Document,
+    RecordReport,
+    Source,
+    fingerprint,
+    open_source,
+    read_documents,
+    refuse,
+)
 from lightning_jax.input_pipeline.token_store import FORMAT_VERSION, TokenStore, TokenStoreWriter
 from lightning_jax.input_pipeline.tokenizers import (
     ByteTokenizer,
     FileTokenizer,
     Tokenizer,
     check_vocabulary,
-    encode_documents,
     train_tokenizer,
 )
 
@@ -124,7 +132,10 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
-    """Whether `document` belongs to the held-out part: a uniform hash of its bytes is below `fraction`."""
+    """Whether `document` belongs to the held-out part: a uniform hash of its bytes is below `fraction`.
+
+    Chats go by their prompt, so that no question that was trained on is held out with another answer.
+    """
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest()) < fraction * 2**64
 
 
@@ -133,7 +144,7 @@ def _trained_tokenizer(config: DataConfig) -> FileTokenizer:
     sources = {
         name: open_source(name, corpus, config.max_document_bytes)
         for name, corpus in sorted(config.corpora.items())
-        if corpus.format != "tokens"
+        if config.trains_the_tokenizer(name)
     }
     key = fingerprint(
         [
@@ -164,7 +175,7 @@ def _sample(name: str, source: Source, config: DataConfig, num_sources: int) -> 
     parts = source.parts[:: math.ceil(len(source.parts) / _SAMPLE_PARTS)]
     for part in parts:
         room = _SAMPLE_BYTES // (num_sources * len(parts))
-        for document in _documents(name, source.read, part, RecordReport(), config):
+        for _, document in _documents(name, source.read, part, RecordReport(), config):
             if not is_held_out(document, config.validation_fraction):
                 yield document.decode("utf-8")
                 room -= len(document)
@@ -174,7 +185,7 @@ def _sample(name: str, source: Source, config: DataConfig, num_sources: int) -> 
 
 def _documents(
     name: str, read: Callable[[Any], Iterator[Record]], part: Any, report: RecordReport, config: DataConfig
-) -> Iterator[bytes]:
+) -> Iterator[Document]:
     try:
         yield from read_documents(
             read(part), report, on_bad_record=config.on_bad_record, max_document_bytes=config.max_document_bytes
@@ -190,14 +201,16 @@ def _prepare_corpus(
     if corpus.format == "tokens":
         return _open_prepared(name, Path(corpus.path).expanduser(), tokenizer)
     source = open_source(name, corpus, config.max_document_bytes)
-    key = fingerprint(
-        [
-            FORMAT_VERSION,
-            [corpus.format, corpus.field, source.fingerprint],
-            [tokenizer.fingerprint, tokenizer.vocab_size],
-            [config.validation_fraction, config.on_bad_record, config.max_document_bytes],
-        ]
-    )
+    encoder = make_encoder(name, config, tokenizer)
+    settings = [
+        FORMAT_VERSION,
+        [corpus.format, corpus.field, source.fingerprint],
+        [tokenizer.fingerprint, tokenizer.vocab_size],
+        [config.validation_fraction, config.on_bad_record, config.max_document_bytes],
+    ]
+    if corpus.content != "text":
+        settings.append([corpus.content, encoder.description])
+    key = fingerprint(settings)
     folder = cache_folder(config) / "corpora" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{key[:16]}"
     # What is whole needs no lock: a folder gets its name when it is finished. So a read-only cache serves many hosts.
     with contextlib.suppress(TokenStoreError):
@@ -208,7 +221,7 @@ def _prepare_corpus(
         except TokenStoreError as error:
             if folder.exists():
                 logger.warning("%s; preparing it again", str(error).partition(";")[0])
-        _build(name, config, tokenizer, source, folder, processes, progress)
+        _build(name, config, tokenizer, source, encoder, folder, processes, progress)
         return _open_prepared(name, folder, tokenizer)
 
 
@@ -233,6 +246,7 @@ def _build(
     config: DataConfig,
     tokenizer: Tokenizer,
     source: Source,
+    encoder: TextEncoder | ChatsEncoder,
     folder: Path,
     processes: int,
     progress: Callable[[Progress], None],
@@ -242,7 +256,7 @@ def _build(
     parts = {work / f"{index:06d}": part for index, part in enumerate(source.parts)}
     missing = [part_folder for part_folder in parts if not (part_folder / _REPORT).exists()]
     meter = _Meter(name, len(parts) - len(missing), len(parts), progress)
-    build = functools.partial(_build_part, name, config, tokenizer, source.read)
+    build = functools.partial(_build_part, name, config, tokenizer, encoder, source.read)
     if processes > 1 and len(missing) > 1:
         spawning = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(missing)), spawning, _tokenize_in_one_thread) as pool:
@@ -253,7 +267,7 @@ def _build(
         for part_folder in missing:
             build(part_folder, parts[part_folder], meter.add)
             meter.finish_part()
-    _put_together(name, list(parts), tokenizer, source, folder)
+    _put_together(name, list(parts), tokenizer, encoder, source, folder)
     shutil.rmtree(work)
 
 
@@ -261,6 +275,7 @@ def _build_part(
     name: str,
     config: DataConfig,
     tokenizer: Tokenizer,
+    encoder: TextEncoder | ChatsEncoder,
     read: Callable[[Any], Iterator[Record]],
     folder: Path,
     part: Any,
@@ -270,28 +285,46 @@ def _build_part(
     shutil.rmtree(folder, ignore_errors=True)
     report = RecordReport()
     with contextlib.ExitStack() as stack:
-        train, validation = (stack.enter_context(_writer(folder / split, tokenizer)) for split in _SPLITS)
+        train, validation = (stack.enter_context(_writer(folder / split, tokenizer, encoder)) for split in _SPLITS)
         for batch in _batches(_documents(name, read, part, report, config)):
-            tokens, lengths = encode_documents(tokenizer, batch)
-            held_out = np.array([is_held_out(document, config.validation_fraction) for document in batch])
-            of_held_out = np.repeat(held_out, lengths)
-            train.append_documents(tokens[~of_held_out], lengths[~held_out])
-            validation.append_documents(tokens[of_held_out], lengths[held_out])
-            on_batch(len(batch), len(tokens))
+            examples = []
+            for document, example in zip(batch, encoder.encode([data for _, data in batch]), strict=True):
+                if isinstance(example, Problem):
+                    report.documents -= 1
+                    refuse(document.location, example, report, config.on_bad_record)
+                else:
+                    examples.append(example)
+            held_out = [is_held_out(example.identity, config.validation_fraction) for example in examples]
+            for writer, wanted in ((train, False), (validation, True)):
+                _append(writer, [example for example, held in zip(examples, held_out, strict=True) if held == wanted])
+            on_batch(len(batch), sum(len(example.tokens) for example in examples))
     partial = folder / "report.partial"
     partial.write_text(json.dumps(report.to_json()), encoding="utf-8")
     partial.rename(folder / _REPORT)
     return report.documents, train.num_tokens + validation.num_tokens
 
 
-def _put_together(name: str, parts: list[Path], tokenizer: Tokenizer, source: Source, folder: Path) -> None:
+def _append(writer: TokenStoreWriter, examples: list[Example]) -> None:
+    if examples:
+        fields = zip(*(example[:4] for example in examples), strict=True)
+        writer.append_documents(*(None if values[0] is None else np.concatenate(values) for values in fields))
+
+
+def _put_together(
+    name: str,
+    parts: list[Path],
+    tokenizer: Tokenizer,
+    encoder: TextEncoder | ChatsEncoder,
+    source: Source,
+    folder: Path,
+) -> None:
     report = RecordReport()
     for part in parts:
         report.add(RecordReport.from_json(json.loads((part / _REPORT).read_text(encoding="utf-8"))))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split in _SPLITS:
-        with _writer(partial / split, tokenizer) as writer:
+        with _writer(partial / split, tokenizer, encoder) as writer:
             writer.source = {
                 "fingerprint": source.fingerprint,
                 "description": source.describe(),
@@ -306,16 +339,18 @@ def _put_together(name: str, parts: list[Path], tokenizer: Tokenizer, source: So
     partial.rename(folder)
 
 
-def _writer(folder: Path, tokenizer: Tokenizer) -> TokenStoreWriter:
-    return TokenStoreWriter(folder, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
+def _writer(folder: Path, tokenizer: Tokenizer, encoder: TextEncoder | ChatsEncoder) -> TokenStoreWriter:
+    return TokenStoreWriter(
+        folder, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint, more=encoder.files
+    )
 
 
-def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Documents in lists of about `_BATCH_BYTES`."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document)
+        size += len(document.data)
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -18,7 +18,18 @@ from typing import Any, BinaryIO, Literal
 
 from lightning_jax.input_pipeline.errors import SourceError
 
-Reason = Literal["empty", "too long", "binary", "not UTF-8", "malformed", "missing field", "wrong type", "damaged file"]
+Reason = Literal[
+    "empty",
+    "too long",
+    "binary",
+    "not UTF-8",
+    "malformed",
+    "missing field",
+    "wrong type",
+    "damaged file",
+    "refused by the chat template",
+    "nothing to train on",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,12 @@ def read_text(path: Path, field: str, max_bytes: int) -> Iterator[Record]:
 
 def read_jsonl(path: Path, field: str, max_bytes: int) -> Iterator[Record]:
     """A line is a JSON object (or, with field "", a JSON string), plain or in .gz or .zst."""
+    for location, record in read_json_records(path, max_bytes):
+        yield location, _text_of(record, field)
+
+
+def read_json_records(path: Path, max_bytes: int) -> Iterator[tuple[str, Any]]:
+    """What each line of JSON says, a `Problem` where it says nothing."""
     # Escapes write a byte of text as at most six of JSON; a longer line is not worth holding.
     limit = 6 * max_bytes + 2**20
     number = 0
@@ -66,7 +83,7 @@ def read_jsonl(path: Path, field: str, max_bytes: int) -> Iterator[Record]:
                         line = file.readline(limit)
                     yield location, Problem("too long", f"a line of more than {limit:,} bytes")
                 else:
-                    yield location, from_json(line, field)
+                    yield location, decode_json(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
         yield f"{path}:{number + 1}", Problem("damaged file", f"{error}; the rest of the file is lost")
 
@@ -89,26 +106,33 @@ def read_array_record(path: Path, field: str, max_bytes: int) -> Iterator[Record
 
 def read_parquet(path: Path, field: str, max_bytes: int) -> Iterator[Record]:
     """A row's column `field` is the text; pages are checked where the file has checksums."""
+    for location, row in read_parquet_records(path, (field,)):
+        yield location, _text_of(row, field)
+
+
+def read_parquet_records(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Each row as an object with those of `fields` that the file has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def batches(stack: contextlib.ExitStack) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    def batches(stack: contextlib.ExitStack, columns: Collection[str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         file = stack.enter_context(pq.ParquetFile(path, page_checksum_verification=True))
-        columns = [field] if field in file.schema_arrow.names else []
-        return file.schema_arrow, file.iter_batches(batch_size=_ROWS, columns=columns)
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        return file.schema_arrow, file.iter_batches(batch_size=_ROWS, columns=wanted)
 
-    return _read_columns(path, field, batches)
+    return _read_columns(path, fields, batches)
 
 
 def read_arrow(path: Path, field: str, max_bytes: int) -> Iterator[Record]:
     """A row's column `field` is the text; an Arrow stream as Hugging Face datasets saves it."""
     import pyarrow as pa
 
-    def batches(stack: contextlib.ExitStack) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    def batches(stack: contextlib.ExitStack, columns: Collection[str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         reader = stack.enter_context(pa.ipc.open_stream(stack.enter_context(pa.memory_map(str(path)))))
         return reader.schema, iter(reader)
 
-    return _read_columns(path, field, batches)
+    for location, row in _read_columns(path, (field,), batches):
+        yield location, _text_of(row, field)
 
 
 def decode(data: bytes) -> str | Problem:
@@ -123,17 +147,27 @@ def decode(data: bytes) -> str | Problem:
 
 def from_json(data: bytes, field: str) -> str | Problem:
     """The text in a JSON record."""
+    return _text_of(decode_json(data), field)
+
+
+def decode_json(data: bytes) -> Any:
+    """What a line of JSON says, or the `Problem` with it."""
     text = decode(data)
     if isinstance(text, Problem):
         return text
     if not text.strip():
         return Problem("empty")
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         return Problem("malformed", f"{error.msg} at character {error.pos + 1:,}")
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
         return Problem("malformed", _first_line(error))
+
+
+def _text_of(record: Any, field: str) -> str | Problem:
+    if isinstance(record, Problem):
+        return record
     return from_value(record, field) if field == "" else from_record(record, field)
 
 
@@ -203,21 +237,27 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def _read_columns(path: Path, field: str, batches: Callable) -> Iterator[Record]:
+def _read_columns(path: Path, fields: Collection[str], batches: Callable) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
 
     row = 0
     try:
         with contextlib.ExitStack() as stack:
-            schema, iterator = batches(stack)
-            if field not in schema.names:
-                yield str(path), Problem("missing field", f"no column {field!r}{nearest(field, schema.names)}")
+            schema, iterator = batches(stack, fields)
+            if not set(fields) & set(schema.names):
+                wanted = " or ".join(map(repr, fields))
+                yield (
+                    str(path),
+                    Problem("missing field", f"no column {wanted}{nearest(next(iter(fields)), schema.names)}"),
+                )
                 return
             for batch in iterator:
-                for value in batch.column(batch.schema.get_field_index(field)):
+                columns = {name: batch.column(name) for name in fields if name in schema.names}
+                for index in range(len(batch)):
                     row += 1
                     try:
-                        yield f"{path}:{row}", from_value(value.as_py(), field)
+                        record = {name: column[index].as_py() for name, column in columns.items()}
+                        yield f"{path}:{row}", record
                     except UnicodeDecodeError as error:
                         yield f"{path}:{row}", Problem("not UTF-8", f"{error.reason} at byte {error.start:,}")
     except (pa.ArrowInvalid, OSError) as error:

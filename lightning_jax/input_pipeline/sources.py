@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
+from lightning_jax.input_pipeline import word_problems
+from lightning_jax.input_pipeline.chat_records import FIELDS, Content, chat_document
 from lightning_jax.input_pipeline.config import CorpusConfig
 from lightning_jax.input_pipeline.embedded import EmbeddedCorpus
 from lightning_jax.input_pipeline.errors import BadRecordError, SourceError
@@ -25,8 +27,10 @@ from lightning_jax.input_pipeline.readers import (
     nearest,
     read_array_record,
     read_arrow,
+    read_json_records,
     read_jsonl,
     read_parquet,
+    read_parquet_records,
     read_text,
 )
 
@@ -69,6 +73,13 @@ class RecordReport:
         return f"skipped {self.skipped.total():,} of {total:,} records ({reasons}), first {self.examples[0]}"
 
 
+class Document(NamedTuple):
+    """A record that is a document: UTF-8, or the JSON of a chat."""
+
+    location: str
+    data: bytes
+
+
 @dataclass(frozen=True)
 class Source:
     """The records of a corpus, in parts."""
@@ -88,6 +99,8 @@ def open_source(name: str, corpus: CorpusConfig, max_document_bytes: int) -> Sou
     try:
         if corpus.format == "embedded":
             return _embedded_source(corpus)
+        if corpus.format == "generated":
+            return _generated_source(corpus)
         if corpus.format == "tfds":
             return _tfds_source(corpus)
         return _file_source(corpus, max_document_bytes)
@@ -101,8 +114,8 @@ def read_documents(
     *,
     on_bad_record: Literal["skip", "stop"],
     max_document_bytes: int,
-) -> Iterator[bytes]:
-    """The documents among `records` as UTF-8, counting in `report` what is skipped.
+) -> Iterator[Document]:
+    """The documents among `records`, counting in `report` what is skipped.
 
     Raises:
       BadRecordError: the first bad record, with on_bad_record="stop".
@@ -110,15 +123,20 @@ def read_documents(
     """
     for location, text in records:
         document = text if isinstance(text, Problem) else _check(text, max_document_bytes)
-        if not isinstance(document, Problem):
-            report.documents += 1
-            yield document
-        elif on_bad_record == "stop":
-            raise BadRecordError(f"{location}: {document}; mend it, or let data.on_bad_record='skip' leave it out")
+        if isinstance(document, Problem):
+            refuse(location, document, report, on_bad_record)
         else:
-            report.skip(location, document)
-            if report.documents == 0 and report.skipped.total() == _HOPELESS:
-                raise SourceError(f"none of the first {_HOPELESS} records is a document, first {report.examples[0]}")
+            report.documents += 1
+            yield Document(location, document)
+
+
+def refuse(location: str, problem: Problem, report: RecordReport, on_bad_record: Literal["skip", "stop"]) -> None:
+    """Counts a record that gives no document, or raises as `read_documents` does."""
+    if on_bad_record == "stop":
+        raise BadRecordError(f"{location}: {problem}; mend it, or let data.on_bad_record='skip' leave it out")
+    report.skip(location, problem)
+    if report.documents == 0 and report.skipped.total() == _HOPELESS:
+        raise SourceError(f"none of the first {_HOPELESS} records is a document, first {report.examples[0]}")
 
 
 def _check(text: str, max_document_bytes: int) -> bytes | Problem:
@@ -168,14 +186,24 @@ def _file_source(corpus: CorpusConfig, max_document_bytes: int) -> Source:
             ]
         ),
         parts=_group(files, sizes),
-        read=functools.partial(_read_files, corpus.format, corpus.field, max_document_bytes),
+        read=functools.partial(_read_files, corpus.format, corpus.field, corpus.content, max_document_bytes),
         describe=lambda: f"{corpus.path}, {len(files):,} files, {sum(sizes) / 1e6:,.1f} MB",
     )
 
 
-def _read_files(format_name: str, field: str, max_document_bytes: int, part: Sequence[Path]) -> Iterator[Record]:
+def _read_files(
+    format_name: str, field: str, content: Content, max_document_bytes: int, part: Sequence[Path]
+) -> Iterator[Record]:
     for file in part:
-        yield from _FILE_FORMATS[format_name].read(file, field, max_document_bytes)
+        if content == "text":
+            yield from _FILE_FORMATS[format_name].read(file, field, max_document_bytes)
+            continue
+        if format_name == "jsonl":
+            records = read_json_records(file, max_document_bytes)
+        else:
+            records = read_parquet_records(file, FIELDS[content])
+        for location, record in records:
+            yield location, chat_document(record, content)
 
 
 def _embedded_source(corpus: CorpusConfig) -> Source:
@@ -186,6 +214,22 @@ def _embedded_source(corpus: CorpusConfig) -> Source:
         parts=[corpus.path],
         read=lambda part: iter(embedded.documents),
         describe=lambda: embedded.description,
+    )
+
+
+def _generated_source(corpus: CorpusConfig) -> Source:
+    """Problems that are made here."""
+    make = word_problems.conversations if corpus.content == "conversations" else word_problems.preferences
+
+    def read(part: str) -> Iterator[Record]:
+        for number, record in enumerate(make(), start=1):
+            yield f"{part}:{number}", chat_document(record, corpus.content)
+
+    return Source(
+        fingerprint=fingerprint([corpus.path, word_problems.VERSION, word_problems.NUM_PROBLEMS]),
+        parts=[corpus.path],
+        read=read,
+        describe=lambda: f"{word_problems.NUM_PROBLEMS:,} generated {corpus.path} problems",
     )
 
 

@@ -1,10 +1,15 @@
 """Token stores: the tokenized documents of one corpus on disk, memory-mapped, whole or not there at all.
 
-A store is a folder of three files, little-endian:
+Little-endian:
 
     tokens.bin     every document's token ids one after the other, uint16 where the vocabulary fits, else uint32
     offsets.bin    int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-    manifest.json  counts, sizes and SHA-256 of the two, the tokenizer's fingerprint, and what the source was
+    trained.bin    of chats: a byte for each token, 1 where it is trained, else 0
+    margins.bin    of preferences: float32 [documents]
+    manifest.json  counts, sizes and SHA-256 of the others, the tokenizer's fingerprint, and what the source was
+
+A store is a folder of its files, of which chats and preferences have more than text has. A preference is two documents,
+the chosen chat and then the rejected one.
 
 The manifest is written last, into a folder that gets its name only then: a killed writer leaves no store behind.
 """
@@ -13,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +28,11 @@ import numpy as np
 from lightning_jax.input_pipeline.errors import TokenStoreError
 
 FORMAT_VERSION = 1
+TRAINED, MARGINS = "trained.bin", "margins.bin"
+_ALWAYS = ("tokens.bin", "offsets.bin")
+_DATA_FILES = (*_ALWAYS, TRAINED, MARGINS)
 _OFFSET_DTYPE = np.dtype("<i8")
+_VALUE_DTYPE = np.dtype("<f4")
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -55,12 +64,23 @@ class TokenStore:
     Attributes:
       tokens: uint16 or uint32 [num_tokens], every document one after the other.
       offsets: int64 [documents + 1].
+      trained: bool [num_tokens], which tokens are trained; None for text, where all are.
+      document_values: numbers that each document has, float32 [documents] by name: "margin" of preferences.
       manifest: what was written about it.
       folder: where it is.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, tokens: np.ndarray, offsets: np.ndarray):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+        trained: np.ndarray | None,
+        document_values: dict[str, np.ndarray],
+    ):
         self.folder, self.manifest, self.tokens, self.offsets = folder, manifest, tokens, offsets
+        self.trained, self.document_values = trained, document_values
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Self:
@@ -77,7 +97,12 @@ class TokenStore:
             raise TokenStoreError(
                 f"{folder / 'offsets.bin'}: damaged: offsets do not rise from 0 to {manifest.num_tokens:,}; {_REMEDY}"
             )
-        return cls(folder, manifest, tokens, offsets)
+        trained, values = None, {}
+        if TRAINED in manifest.sha256:
+            trained = _map(folder / TRAINED, np.dtype(bool), manifest.num_tokens)
+        if MARGINS in manifest.sha256:
+            values["margin"] = _map(folder / MARGINS, _VALUE_DTYPE, manifest.num_documents)
+        return cls(folder, manifest, tokens, offsets, trained, values)
 
     def __len__(self) -> int:
         return self.manifest.num_documents
@@ -89,7 +114,11 @@ class TokenStore:
     @property
     def fingerprint(self) -> str:
         """Identifies the content: equal on every machine that holds the same tokens in the same documents."""
-        return hashlib.sha256("".join(self.manifest.sha256[name] for name in _DATA_FILES).encode()).hexdigest()
+        return hashlib.sha256("".join(self.manifest.sha256[name] for name in self._files).encode()).hexdigest()
+
+    @property
+    def _files(self) -> list[str]:
+        return [name for name in _DATA_FILES if name in self.manifest.sha256]
 
     def document(self, index: int) -> np.ndarray:
         """The token ids of document `index` (a view of the map, in the store's dtype)."""
@@ -103,7 +132,7 @@ class TokenStore:
         Raises:
           TokenStoreError: a file's bytes are not those that were written.
         """
-        for name in _DATA_FILES:
+        for name in self._files:
             with open(self.folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest.sha256[name]:
@@ -122,10 +151,12 @@ class TokenStoreWriter:
       folder: where the store shall be.
       vocab_size: ids must be below; decides the dtype.
       tokenizer: the tokenizer's fingerprint.
+      more: TRAINED and MARGINS, where documents come with those.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, vocab_size: int, tokenizer: str = ""):
+    def __init__(self, folder: str | os.PathLike, *, vocab_size: int, tokenizer: str = "", more: Collection[str] = ()):
         self.folder = Path(folder)
+        self.files = (*_ALWAYS, *more)
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.source: Mapping[str, Any] = {}
@@ -138,7 +169,7 @@ class TokenStoreWriter:
     def __enter__(self) -> Self:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
-        self._files = {name: _HashedFile(self._partial / name) for name in _DATA_FILES}
+        self._files = {name: _HashedFile(self._partial / name) for name in self.files}
         self._files["offsets.bin"].write(np.zeros(1, _OFFSET_DTYPE))
         return self
 
@@ -146,10 +177,25 @@ class TokenStoreWriter:
         """Appends one document: its token ids, [tokens]."""
         self.append_documents(np.asarray(ids), np.array([len(ids)]))
 
-    def append_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents given one after the other in `tokens` [tokens], with their `lengths` [documents]."""
+    def append_documents(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray | None = None,
+        margins: np.ndarray | None = None,
+    ) -> None:
+        """Appends documents given one after the other in `tokens` [tokens], with their `lengths` [documents].
+
+        Args:
+          trained: bool [tokens], where the store has it.
+          margins: [documents], where the store has it.
+        """
         if lengths.sum() != len(tokens):
             raise ValueError(f"{self.folder}: lengths add up to {lengths.sum()}, there are {len(tokens)} tokens")
+        given = {TRAINED: (trained, len(tokens)), MARGINS: (margins, len(lengths))}
+        for name, (values, size) in given.items():
+            if (values is not None) != (name in self.files) or (values is not None and len(values) != size):
+                raise ValueError(f"{self.folder}: {name} needs {size} values if the store has it, and none if not")
         if len(tokens):
             smallest, largest = int(tokens.min()), int(tokens.max())
             if smallest < 0 or largest >= self.vocab_size:
@@ -159,6 +205,10 @@ class TokenStoreWriter:
         ends = self.num_tokens + np.cumsum(lengths, dtype=_OFFSET_DTYPE)
         self._files["tokens.bin"].write(tokens.astype(self._dtype))
         self._files["offsets.bin"].write(ends)
+        if trained is not None:
+            self._files[TRAINED].write(trained.astype(bool))
+        if margins is not None:
+            self._files[MARGINS].write(margins.astype(_VALUE_DTYPE))
         self.num_documents += len(lengths)
         self.num_tokens += len(tokens)
 
@@ -166,7 +216,12 @@ class TokenStoreWriter:
         """Appends every document of `store`, in blocks: memory does not grow with its size."""
         for first, last in _document_blocks(store.offsets, _BLOCK_BYTES // self._dtype.itemsize):
             begin, end = store.offsets[first], store.offsets[last]
-            self.append_documents(store.tokens[begin:end], np.diff(store.offsets[first : last + 1]))
+            self.append_documents(
+                store.tokens[begin:end],
+                np.diff(store.offsets[first : last + 1]),
+                None if store.trained is None else store.trained[begin:end],
+                store.document_values["margin"][first:last] if "margin" in store.document_values else None,
+            )
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         digests = {name: file.close() for name, file in self._files.items()}
@@ -211,7 +266,6 @@ class _HashedFile:
         return self._sha256.hexdigest()
 
 
-_DATA_FILES = ("tokens.bin", "offsets.bin")
 _REMEDY = "delete the folder and prepare the corpus again"
 
 

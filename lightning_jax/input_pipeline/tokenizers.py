@@ -42,6 +42,13 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> np.ndarray:
         """The ids of a text in which special tokens that are written out are those tokens."""
 
+    def encode_spans(self, text: str, *, special: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The ids [n] of a text and the characters [n, 2] that each stands for, from the first to before the last.
+
+        Args:
+          special: as `encode_special`, or else as `encode_batch`.
+        """
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens give none, bytes that are not UTF-8 give U+FFFD."""
 
@@ -76,10 +83,17 @@ class ByteTokenizer:
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def encode_special(self, text: str) -> np.ndarray:
+        return self.encode_spans(text, special=True)[0]
+
+    def encode_spans(self, text: str, *, special: bool) -> tuple[np.ndarray, np.ndarray]:
         names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or "(?!)"
-        pieces = re.split(f"({names})", text)
-        ids = [[self.special_tokens[piece]] if piece in self.special_tokens else piece.encode() for piece in pieces]
-        return np.concatenate([np.array(list(piece), np.uint32) for piece in ids])
+        units = re.finditer(f"{names}|.", text, re.DOTALL) if special else re.finditer(".", text, re.DOTALL)
+        ids, spans = [], []
+        for unit in units:
+            own = [self.special_tokens[unit[0]]] if unit[0] in self.special_tokens else list(unit[0].encode())
+            ids += own
+            spans += [unit.span()] * len(own)
+        return np.array(ids, np.uint32), np.array(spans, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
@@ -146,7 +160,11 @@ class FileTokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def encode_special(self, text: str) -> np.ndarray:
-        return np.array(self._special_backend.encode(text, add_special_tokens=False).ids, np.uint32)
+        return self.encode_spans(text, special=True)[0]
+
+    def encode_spans(self, text: str, *, special: bool) -> tuple[np.ndarray, np.ndarray]:
+        encoding = (self._special_backend if special else self._backend).encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     @functools.cached_property
     def _special_backend(self) -> Backend:

@@ -55,7 +55,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None
     lightning_norm_eps: float
     attention_implementation: Literal["auto", "xla", "blocked", "cudnn"]
-    lightning_implementation: Literal["auto", "xla", "pallas_tpu", "reference"]
+    lightning_implementation: Literal["auto", "xla", "pallas_tpu", "pallas_gpu", "reference"]
     # Feed-forward: SwiGLU, dense where num_experts is 0, else a mixture of experts.
     intermediate_size: int
     num_experts: int

@@ -39,6 +39,11 @@ def sum_over_rows(function: Callable[..., jax.Array], weights_DV: jax.Array, *ro
     return function(weights_DV, *rows)
 
 
+def map_rows(function: Callable[..., jax.Array], weights_DV: jax.Array, *rows: jax.Array) -> jax.Array:
+    """function(weights, *rows), each row of which depends on the same row of the batch alone."""
+    return function(weights_DV, *rows)
+
+
 @dataclass(frozen=True)
 class Operators:
     """What a parallel layout may replace; None is the computation on one device, as the model's config chooses it.
@@ -52,6 +57,7 @@ class Operators:
         project: (x_BTD, weight [D, A]) -> x @ weight in the dtype of x.
         sum_over_rows: (function, weights_DV, *rows) -> function(weights_DV, *rows), where function is a sum over rows:
             each device may sum its own.
+        map_rows: the same for a function that gives each row of the batch a row of its result.
         constrain: (activation, logical axes) -> the same activation, placed.
     """
 
@@ -62,6 +68,7 @@ class Operators:
     experts: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     project: Callable[[jax.Array, nnx.Param], jax.Array] = project
     sum_over_rows: Callable[..., jax.Array] = sum_over_rows
+    map_rows: Callable[..., jax.Array] = map_rows
     constrain: Callable[[jax.Array, LogicalAxes], jax.Array] = unconstrained
 
 

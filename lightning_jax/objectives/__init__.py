@@ -1,5 +1,17 @@
-"""What is minimised: functions of sums over tokens, so that no result depends on how a batch is split."""
+"""What is minimised: functions of sums over tokens or pairs, so that no result depends on how a batch is split."""
 
+from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
 from lightning_jax.objectives.next_token import NextToken, NextTokenSums
+from lightning_jax.objectives.preference import Preference, PreferenceSums
+from lightning_jax.objectives.reward import Reward, RewardSums
 
-__all__ = ["NextToken", "NextTokenSums"]
+__all__ = [
+    "NextToken",
+    "NextTokenSums",
+    "Preference",
+    "PreferenceConfig",
+    "PreferenceSums",
+    "Reward",
+    "RewardModelConfig",
+    "RewardSums",
+]

@@ -37,6 +37,50 @@ def cross_entropy_sum(
     return _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, with_gradients=False)[0]
 
 
+def target_log_probs(
+    hidden_BTD: jax.Array, weights_DV: jax.Array, targets_BT: jax.Array, chunk: int, logits_dtype: str
+) -> jax.Array:
+    """log softmax(hidden @ weights)[target] of every token, [B, T] in at least fp32; arguments as `cross_entropy_sum`.
+
+    A chunk's logits are computed again in the backward pass, when what weighs each token is known.
+    """
+    B, T, _ = hidden_BTD.shape
+    wide = jnp.promote_types(logits_dtype, jnp.float32)
+    weights_DV = weights_DV.astype(logits_dtype)
+    precision = jax.lax.Precision.HIGHEST if weights_DV.dtype == jnp.float32 else None
+    chunk = min(chunk, T)
+
+    @jax.checkpoint
+    def one_chunk(inputs):
+        hidden_MD, targets_M = inputs
+        logits_MV = jnp.einsum(
+            "md,dv->mv",
+            hidden_MD.astype(logits_dtype),
+            weights_DV,
+            precision=precision,
+            preferred_element_type=wide,
+        )
+        target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+        return target_M - jax.nn.logsumexp(logits_MV, axis=-1)
+
+    log_prob_NM = jax.lax.map(one_chunk, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
+    return _together(log_prob_NM, B, chunk, T)
+
+
+def _chunks(x_BTX: jax.Array, chunk: int) -> jax.Array:
+    """[N, M, ...]: chunks of all rows' tokens, those of the last one padded."""
+    B, T = x_BTX.shape[:2]
+    x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
+    x_NBCX = jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
+    return x_NBCX.reshape(-1, B * chunk, *x_BTX.shape[2:])
+
+
+def _together(x_NMX: jax.Array, B: int, chunk: int, T: int) -> jax.Array:
+    """[B, T, ...] again."""
+    x_BNCX = jnp.moveaxis(x_NMX.reshape(-1, B, chunk, *x_NMX.shape[2:]), 0, 1)
+    return x_BNCX.reshape(B, -1, *x_NMX.shape[2:])[:, :T]
+
+
 def _forward(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype):
     loss, dweights_DV, dhidden_BTD = _chunked(
         hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, with_gradients=True
@@ -53,7 +97,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, *, with_gradients):
-    B, T, D = hidden_BTD.shape
+    B, T, _ = hidden_BTD.shape
     wide = jnp.promote_types(logits_dtype, jnp.float32)
     weights_DV = weights_DV.astype(logits_dtype)
     # By default accelerators round the factors of an fp32 product.
@@ -76,15 +120,10 @@ def _chunked(hidden_BTD, weights_DV, targets_BT, mask_BT, chunk, logits_dtype, *
         dweights_DV = product("md,mv->dv", hidden_MD, dlogits_MV)
         return (sums[0] + loss, sums[1] + dweights_DV), dhidden_MD
 
-    def chunks(x_BTX):
-        x_BTX = jnp.pad(x_BTX, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTX.ndim - 2))
-        x_NBCX = jnp.moveaxis(x_BTX.reshape(B, -1, chunk, *x_BTX.shape[2:]), 1, 0)
-        return x_NBCX.reshape(-1, B * chunk, *x_BTX.shape[2:])
-
     chunk = min(chunk, T)
     zeros = (jnp.zeros((), wide),) + ((jnp.zeros(weights_DV.shape, wide),) if with_gradients else ())
-    sums, dhidden_NMD = jax.lax.scan(one_chunk, zeros, tuple(map(chunks, (hidden_BTD, targets_BT, mask_BT))))
+    inputs = tuple(_chunks(each, chunk) for each in (hidden_BTD, targets_BT, mask_BT))
+    sums, dhidden_NMD = jax.lax.scan(one_chunk, zeros, inputs)
     if not with_gradients:
         return sums
-    dhidden_BTD = jnp.moveaxis(dhidden_NMD.reshape(-1, B, chunk, D), 0, 1).reshape(B, -1, D)[:, :T]
-    return *sums, dhidden_BTD
+    return *sums, _together(dhidden_NMD, B, chunk, T)

@@ -1,19 +1,23 @@
-"""Next-token prediction: the mean cross-entropy of a batch's targets, plus the experts' balance loss.
+"""Next-token prediction: the cross-entropy of a batch's targets, plus the experts' balance loss.
 
-Sources: MiniMax-01 (arXiv 2501.08313) section 2.1 for the balance loss over the global batch.
+Pre-training predicts every token; supervised fine-tuning is the same on the tokens that the assistant wrote, which is a
+matter of the batch's loss mask. Two reductions: "token_mean" over all targets of the global batch, whatever the
+micro-batches, and "conversation_sum", each conversation's sum, averaged over the conversations: what Tulu 3 (arXiv
+2411.15124 section 4.3.2) calls sum loss, where a micro-batch is one conversation. Long answers weigh more in it.
 
-Shapes: B batch, T sequence, L layers, E experts.
+Shapes: B batch, T sequence.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lightning_jax.models import HybridLM, ModelConfig, RouterSums
-from lightning_jax.models.moe import router_auxiliary_loss
 from lightning_jax.objectives.cross_entropy import cross_entropy_sum
+from lightning_jax.objectives.routing import router_loss
+from lightning_jax.objectives.segments import segment_sums
 
 
 class NextTokenSums(NamedTuple):
@@ -23,14 +27,16 @@ class NextTokenSums(NamedTuple):
     targets: jax.Array  # how many count, fp32
     tokens: jax.Array  # inputs that are not padding, fp32
     router: RouterSums | None
+    conversations: jax.Array | None = None  # segments with a target, fp32; only where the reduction asks for them
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """The objective of pre-training and context extension."""
+    """The objective of pre-training, context extension and supervised fine-tuning."""
 
     config: ModelConfig
     rope_theta: float | jax.Array | None = None  # replaces the model's
+    reduction: Literal["token_mean", "conversation_sum"] = "token_mean"
 
     def sums(self, model: HybridLM, batch: dict[str, jax.Array]) -> NextTokenSums:
         """What a batch, or a part of one, adds to the loss."""
@@ -52,23 +58,20 @@ class NextToken:
             targets=jnp.sum(batch["loss_mask"], dtype=jnp.float32),
             tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
             router=router,
+            conversations=None if self.reduction == "token_mean" else _conversations(batch),
         )
 
     def loss(self, sums: NextTokenSums) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The scalar to minimise, and metrics: `loss` is the cross-entropy alone, in nats per token."""
-        cross_entropy = sums.cross_entropy / jnp.maximum(sums.targets, 1)
-        metrics = {"loss": cross_entropy, "targets": sums.targets}
-        if sums.router is None:
-            return cross_entropy, metrics
-        auxiliary = router_auxiliary_loss(self.config, sums.router, sums.tokens)
-        assignments = jnp.maximum(sums.tokens, 1) * self.config.experts_per_token
-        # 1 is an even share of the layer's assignments.
-        load_LE = sums.router.load_E * (self.config.num_experts / assignments)
-        metrics |= {
-            "auxiliary_loss": auxiliary,
-            "expert_load": load_LE,
-            "expert_load_max": jnp.max(load_LE),
-            "expert_load_min": jnp.min(load_LE),
-            "dropped_fraction": jnp.mean(sums.router.dropped) / assignments,
-        }
-        return cross_entropy + auxiliary, metrics
+        per_token = sums.cross_entropy / jnp.maximum(sums.targets, 1)
+        auxiliary, metrics = router_loss(self.config, sums.router, sums.tokens)
+        metrics |= {"loss": per_token, "targets": sums.targets}
+        if sums.conversations is None:
+            return per_token + auxiliary, metrics
+        metrics["conversations"] = sums.conversations
+        return sums.cross_entropy / jnp.maximum(sums.conversations, 1) + auxiliary, metrics
+
+
+def _conversations(batch: dict[str, jax.Array]) -> jax.Array:
+    targets_BT = segment_sums(batch["loss_mask"].astype(jnp.float32), batch["segment_ids"])
+    return jnp.sum(targets_BT > 0, dtype=jnp.float32)

@@ -130,6 +130,16 @@ def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAtten
             check_vma=False,
         )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
 
+    def map_rows(function, weights_DV, *rows):
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(ROWS for _ in rows)),
+            out_specs=ROWS,
+            axis_names=set(BATCH),  # the compiler splits the vocabulary
+            check_vma=False,
+        )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
+
     return Operators(
         lightning_attention=lightning_attention,
         softmax_attention=softmax_attention,
@@ -138,6 +148,7 @@ def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAtten
         experts=ParallelExperts(mesh, config),
         project=project if sequence == 1 else _project_unflattened,
         sum_over_rows=sum_over_rows,
+        map_rows=map_rows,
         constrain=functools.partial(constrain, mesh=mesh),
     )
 

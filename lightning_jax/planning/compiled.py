@@ -10,20 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
-from lightning_jax.models import HybridLM
-from lightning_jax.objectives import NextToken
-from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.planning.hardware import Slice
-from lightning_jax.stages import Stage, num_micro_batches
-from lightning_jax.train_step import TrainState, make_train_step
+from lightning_jax.programs import Programs
+from lightning_jax.stages import Stage
 
 BATCH_DTYPES = {
     "inputs": "int32",
@@ -47,43 +41,16 @@ class Compiled:
         return self.arguments + self.temporaries
 
 
-def abstract_state(config: RunConfig, stage: Stage, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of everything that a step reads and writes."""
-    optimizer = _optimizer(stage)
-
-    def create() -> TrainState:
-        params = nnx.state(HybridLM(config.model, rngs=nnx.Rngs(params=0)), nnx.Param)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
-
-    shapes = jax.eval_shape(create)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        parallel.shardings(shapes, mesh),
-    )
-
-
-def lower(config: RunConfig, stage: Stage, mesh: Mesh) -> jax.stages.Lowered:
+def lower(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """The stage's train step at its largest batch."""
+    programs = Programs(config, [stage], devices)
     rows = stage.batch_sizes.rows(stage.batch_sizes.num_steps - 1)
-    operators = parallel.operators(mesh, config.model, config.mesh.sequence_attention)
-    model = nnx.eval_shape(lambda: HybridLM(config.model, rngs=nnx.Rngs(0), operators=operators))
-    step = make_train_step(
-        nnx.graphdef(model),
-        NextToken(config.model, stage.config.rope_theta),
-        _optimizer(stage),
-        learning_rate(stage.config.schedule, stage.batch_sizes.num_steps),
-        first_step=stage.first_step,
-        num_micro_batches=num_micro_batches(stage.config, rows, parallel.batch_shards(mesh)),
-    )
-    state = abstract_state(config, stage, mesh)
-    on_mesh = parallel.batch_sharding(mesh)
+    on_mesh = parallel.batch_sharding(programs.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, stage.config.context_length), dtype, sharding=on_mesh)
         for name, dtype in BATCH_DTYPES.items()
     }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)
+    return programs.train_step(stage, rows).lower(programs.abstract_state, batch)
 
 
 def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> Compiled:
@@ -92,10 +59,13 @@ def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device])
     Raises:
         UserError: the step does not fit the devices' memory; the message is the compiler's.
     """
-    mesh = parallel.make_mesh(config.mesh, devices)
+    if stage.config.objective != "next_token":
+        raise UserError(
+            f"--compile: stage {stage.name} is {stage.config.objective}; only next_token is compiled so far"
+        )
     start = time.perf_counter()
     try:
-        memory = lower(config, stage, mesh).compile().memory_analysis()
+        memory = lower(config, stage, devices).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -123,8 +93,3 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(target.topology, platform="tpu").devices
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--compile: {str(error).splitlines()[0]}; it needs: pip install libtpu") from error
-
-
-def _optimizer(stage: Stage):
-    rate = learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
-    return build_optimizer(stage.config.optimizer, rate)

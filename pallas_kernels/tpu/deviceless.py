@@ -4,6 +4,7 @@ Shows that a kernel lowers and fits in VMEM, and, by the compiler's dumps, what 
 """
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -37,3 +38,10 @@ def compile_for(generation: Generation, function: jax.stages.Wrapped, *arguments
     on_device = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
     return function.lower(*arguments).compile()
+
+
+def vmem_of_kernels(compiled: jax.stages.Compiled) -> list[int]:
+    """Bytes of VMEM that each kernel of a compiled program takes, in the program's order."""
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+    return [int(used.search(call)[1]) for call in calls]

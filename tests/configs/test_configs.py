@@ -14,7 +14,7 @@ import pytest
 from lightning_jax import recipes
 from lightning_jax.config import ConfigError, load_config
 from lightning_jax.optimizers import learning_rate
-from lightning_jax.stages import plan_stages
+from lightning_jax.stages import plan_stages, with_lengths
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -76,7 +76,7 @@ def test_parameter_counts_are_exact(size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_make_steps_and_every_schedule_fits(name):
-    for stage in plan_stages(load(name)):
+    for stage in plan_stages(with_lengths(load(name), lambda stage: 100_000)):
         rate = learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
         rates = np.asarray(rate(np.linspace(0, stage.batch_sizes.num_steps, 200, dtype=np.int64)))
         assert stage.batch_sizes.num_steps > 0

@@ -1,7 +1,8 @@
 """Documents in memory, with what packing needs of a token store."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ class MemoryStore:
     folder: Path
     tokens: np.ndarray
     offsets: np.ndarray
+    trained: np.ndarray | None = None
+    document_values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

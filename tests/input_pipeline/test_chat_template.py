@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_jax.input_pipeline import TokenizerConfig, chat_template
-from lightning_jax.input_pipeline.chat_template import ChatTemplateError, encode_chats, render_chats
+from lightning_jax.input_pipeline.chat_template import ChatTemplate, ChatTemplateError, encode_chats, render_chats
 from lightning_jax.input_pipeline.tokenizers import ByteTokenizer, FileTokenizer
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "chat_templates.json").read_text("utf-8"))
@@ -64,6 +64,43 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ChatTemplateError, match="not done after"):
         render_chats(endless, [QUESTION], add_generation_prompt=True)
+
+
+def test_one_process_renders_many_chats_and_survives_an_error():
+    with ChatTemplate("{{ messages[0].content }}{{ messages[1].content }}") as template:
+        for number in range(3):
+            chat = [{"content": "a"}, {"content": str(number)}]
+            assert template.render([chat, chat], add_generation_prompt=False) == 2 * [f"a{number}"]
+            with pytest.raises(ChatTemplateError, match="has no element 1"):
+                template.render([chat[:1]], add_generation_prompt=False)
+
+
+def test_a_process_that_ended_says_why():
+    with ChatTemplate("{{ messages }}") as template:
+        template._process.kill()
+        template._process.wait()
+        with pytest.raises(ChatTemplateError, match="its process ended: exit code -9"):
+            template.render([QUESTION], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", " The answer: ", "<why?>< The answer: "),
+        ("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", " The answer: ", "<why?><The answer:"),
+        ("{{ messages[0].content }}", "The answer", None),
+    ],
+)
+def test_a_final_message_can_be_continued(template, content, expected):
+    """As transformers does: spaces at the end stay where the template leaves them."""
+    chat = [*QUESTION, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    with ChatTemplate(template) as process:
+        if expected is None:
+            with pytest.raises(ChatTemplateError, match="does not write the last message"):
+                process.render([chat], **options)
+        else:
+            assert process.render([chat], **options) == [expected]
 
 
 def test_special_tokens_in_a_message_are_text():

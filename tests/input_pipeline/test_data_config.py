@@ -6,9 +6,11 @@ import pytest
 
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig, MixtureConfig, TokenizerConfig
 
-JSONL = CorpusConfig("jsonl", "folder", split="", field="text")
+JSONL = CorpusConfig("jsonl", "folder", split="", field="text", content="text", turns="all")
 TRAIN = TokenizerConfig("train", path="", vocab_size=4096, bos="", eos="</s>")
-DATA = DataConfig({"web": JSONL}, TRAIN, "", validation_fraction=0.1, on_bad_record="skip", max_document_bytes=1000)
+DATA = DataConfig(
+    {"web": JSONL}, TRAIN, "", validation_fraction=0.1, on_bad_record="skip", max_document_bytes=1000, chat_template=""
+)
 MIXTURE = MixtureConfig({"a": 7.0, "b": 3.0}, {"a": 1.0, "b": 0.0}, packing="split")
 
 
@@ -17,12 +19,12 @@ MIXTURE = MixtureConfig({"a": 7.0, "b": 3.0}, {"a": 1.0, "b": 0.0}, packing="spl
     [
         JSONL,
         dataclasses.replace(JSONL, field=""),
-        CorpusConfig("text", "folder", "", ""),
-        CorpusConfig("embedded", "code", "", ""),
-        CorpusConfig("parquet", "folder", "", "text"),
-        CorpusConfig("tfds", "wiki40b/en:1.3.0", "train", "text"),
-        CorpusConfig("huggingface", "folder", "", "text"),
-        CorpusConfig("tokens", "folder", "", ""),
+        CorpusConfig("text", "folder", "", "", "text", "all"),
+        CorpusConfig("embedded", "code", "", "", "text", "all"),
+        CorpusConfig("parquet", "folder", "", "text", "text", "all"),
+        CorpusConfig("tfds", "wiki40b/en:1.3.0", "train", "text", "text", "all"),
+        CorpusConfig("huggingface", "folder", "", "text", "text", "all"),
+        CorpusConfig("tokens", "folder", "", "", "text", "all"),
         TRAIN,
         TokenizerConfig("bytes", "", 257, "", "</s>"),
         TokenizerConfig("file", "tokenizer.json", 200_064, "", ""),
@@ -60,8 +62,8 @@ def test_sound_config_has_no_problems(sound):
         (DATA, {"max_document_bytes": 0}, "max_document_bytes: 0 is not positive"),
         (
             DATA,
-            {"corpora": {"web": CorpusConfig("tokens", "folder", "", "")}},
-            'tokenizer.kind: "tokens" corpora hold no text to train on; "file" with the one they used',
+            {"corpora": {"web": CorpusConfig("tokens", "folder", "", "", "text", "all")}},
+            'tokenizer.kind: no corpus holds text to train on; "file" with a tokenizer.json',
         ),
         (MIXTURE, {"start": {"a": -1.0, "b": 2.0}}, "start.a: -1.0 is no share; 0 leaves a corpus out"),
         (MIXTURE, {"end": {"a": 0.0, "b": 0.0}}, "end: no corpus has a share; make one positive"),

@@ -53,14 +53,17 @@ def data(tmp_path, texts):
     def make(tokenizer):
         return DataConfig(
             corpora={
-                "web": CorpusConfig(format="jsonl", path=str(web), split="", field="text"),
-                "notes": CorpusConfig(format="text", path=str(tmp_path / "notes"), split="", field=""),
+                "web": CorpusConfig(format="jsonl", path=str(web), split="", field="text", content="text", turns="all"),
+                "notes": CorpusConfig(
+                    format="text", path=str(tmp_path / "notes"), split="", field="", content="text", turns="all"
+                ),
             },
             tokenizer=tokenizer,
             cache_dir=str(tmp_path / "cache"),
             validation_fraction=0.2,
             on_bad_record="skip",
             max_document_bytes=100_000,
+            chat_template="",
         )
 
     return make

@@ -44,7 +44,9 @@ def config(tmp_path, monkeypatch):
     write_corpus(tmp_path / "data" / "books", seed=1)
     return DataConfig(
         corpora={
-            name: CorpusConfig("jsonl", str(tmp_path / "data" / name), split="", field="text")
+            name: CorpusConfig(
+                "jsonl", str(tmp_path / "data" / name), split="", field="text", content="text", turns="all"
+            )
             for name in ("web", "books")
         },
         tokenizer=TokenizerConfig("train", path="", vocab_size=300, bos="", eos="<|endoftext|>"),
@@ -52,6 +54,7 @@ def config(tmp_path, monkeypatch):
         validation_fraction=0.2,
         on_bad_record="skip",
         max_document_bytes=10_000,
+        chat_template="",
     )
 
 
@@ -178,12 +181,12 @@ def test_killed_preparation_goes_on_from_its_finished_parts(config, tmp_path, mo
     tokenizer = prepare_tokenizer(config)
     build_part, started = preparing._build_part, []
 
-    def killed_at_the_third(name, config, tokenizer, read, folder, *rest):
+    def killed_at_the_third(name, config, tokenizer, encoder, read, folder, *rest):
         started.append(folder)
         if len(started) == 3:
             (folder / "train").mkdir(parents=True)  # as a kill in the middle would leave it
             raise KeyboardInterrupt
-        return build_part(name, config, tokenizer, read, folder, *rest)
+        return build_part(name, config, tokenizer, encoder, read, folder, *rest)
 
     monkeypatch.setattr(preparing, "_build_part", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -309,7 +312,9 @@ def test_corpus_without_documents_is_refused(config, tmp_path):
 def test_corpus_that_is_held_out_as_a_whole_is_refused(config, tmp_path):
     text = next(text for text in map(str, range(100)) if is_held_out(text.encode(), 0.2))
     (tmp_path / "book.txt").write_text(text)
-    config = dataclasses.replace(config, corpora={"book": CorpusConfig("text", str(tmp_path / "book.txt"), "", "")})
+    config = dataclasses.replace(
+        config, corpora={"book": CorpusConfig("text", str(tmp_path / "book.txt"), "", "", "text", "all")}
+    )
     with pytest.raises(SourceError, match=r"book: no document to train on: data\.validation_fraction holds out all"):
         run(config)
 
@@ -322,7 +327,9 @@ def test_wrong_field_names_corpus_and_nearest_field(config):
 
 def test_prepared_corpus_can_be_used_as_tokens(config, tmp_path):
     tokenizer, corpora = run(config)
-    tokens = CorpusConfig("tokens", str(corpora["web"].train.folder.parent), split="", field="")
+    tokens = CorpusConfig(
+        "tokens", str(corpora["web"].train.folder.parent), split="", field="", content="text", turns="all"
+    )
     config = dataclasses.replace(config, corpora={"mine": tokens})
     assert contents(prepare(config, tokenizer))["mine"] == contents(corpora)["web"]
     other = prepare_tokenizer(dataclasses.replace(config, tokenizer=TokenizerConfig("bytes", "", 300, "", "")))

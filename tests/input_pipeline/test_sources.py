@@ -15,14 +15,14 @@ from lightning_jax.input_pipeline.sources import RecordReport, open_source, read
 LIMIT = 1000
 
 
-def corpus(kind, path, split="", field=""):
-    return CorpusConfig(format=kind, path=str(path), split=split, field=field)
+def corpus(kind, path, split="", field="", content="text", turns="all"):
+    return CorpusConfig(format=kind, path=str(path), split=split, field=field, content="text", turns="all")
 
 
 def read(config, on_bad_record="skip"):
     source, report = open_source("web", config, LIMIT), RecordReport()
     documents = [
-        document.decode()
+        document.data.decode()
         for part in source.parts
         for document in read_documents(source.read(part), report, on_bad_record=on_bad_record, max_document_bytes=LIMIT)
     ]

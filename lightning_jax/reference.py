@@ -1,0 +1,152 @@
+"""The reference of preference tuning: log-probabilities under the model as the stage began, computed once and kept.
+
+They lie in the run's folder with a key: a fingerprint of the weights that gave them, of the tokens and masks of every
+corpus (which the chat template and the tokenizer have made), and what else they depend on. A run that goes on in the
+middle of the stage no longer has those weights; it trusts the file only if its key is the one in the checkpoint.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from lightning_jax.checkpoints.fingerprint import fingerprints
+from lightning_jax.checkpoints.state_tree import named_leaves
+from lightning_jax.errors import UserError
+from lightning_jax.input_pipeline import PreparedCorpus
+from lightning_jax.input_pipeline.packing import Documents, pack
+from lightning_jax.objectives.preference import REFERENCE
+from lightning_jax.programs import Programs
+from lightning_jax.stages import Stage
+
+FOLDER = "reference"  # in that of the run
+SPLITS = ("train", "validation")
+Key = dict[str, Any]
+
+
+class ReferenceError(UserError):
+    """Log-probabilities that cannot be trusted, or no longer be made; one line."""
+
+
+@dataclass(frozen=True)
+class WithReference:
+    """Documents with a log-probability for each."""
+
+    store: Documents
+    log_probs: np.ndarray  # float32 [documents]
+
+    @property
+    def document_values(self) -> dict[str, np.ndarray]:
+        return {**self.store.document_values, REFERENCE: self.log_probs}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def with_reference(
+    stage: Stage,
+    corpora: Mapping[str, PreparedCorpus],
+    *,
+    params: nnx.State,
+    saved_key: Key | None,
+    programs: Programs,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> tuple[dict[str, PreparedCorpus], Key]:
+    """The corpora with the reference's log-probabilities, from the run's folder or computed now.
+
+    Args:
+      params: of the model; the reference itself where `saved_key` is None.
+      saved_key: of the checkpoint from which the run goes on in the middle of the stage; None at the stage's beginning.
+
+    Returns:
+      (the corpora, the key to save with every checkpoint of the stage).
+
+    Raises:
+      ReferenceError: the run goes on in the middle of the stage, and the file is missing or not the one it began with.
+    """
+    path = folder / FOLDER / f"{stage.name}.npz"
+    key = {
+        "weights": _weights(params) if saved_key is None else saved_key["weights"],
+        "data": {name: {split: getattr(each, split).fingerprint for split in SPLITS} for name, each in corpora.items()},
+        "context_length": stage.config.context_length,
+        "rope_theta": stage.config.rope_theta,
+    }
+    found, arrays = _read(path)
+    if found != key:
+        if saved_key is not None:
+            what = "is of other weights or data" if found else "is missing or damaged"
+            raise ReferenceError(
+                f"{path}: {what}, and the weights that stage {stage.name} began with are gone; "
+                "bring the file back, or begin the stage again in another --workdir with --init_from"
+            )
+        compute = functools.partial(_log_probs, stage=stage, params=params, programs=programs)
+        arrays = {
+            f"{name}/{split}": compute(getattr(corpus, split))
+            for name, corpus in sorted(corpora.items())
+            for split in SPLITS
+        }
+        if jax.process_index() == 0:
+            _write(path, key, arrays)
+        say(f"stage {stage.name}: reference log-probabilities of {sum(map(len, arrays.values())):,} chats in {path}")
+    return {
+        name: dataclasses.replace(
+            corpus, **{split: WithReference(getattr(corpus, split), arrays[f"{name}/{split}"]) for split in SPLITS}
+        )
+        for name, corpus in corpora.items()
+    }, key
+
+
+def _weights(params: nnx.State) -> str:
+    arrays = named_leaves(params)
+    return hashlib.sha256(json.dumps(fingerprints(arrays)(), sort_keys=True).encode()).hexdigest()
+
+
+def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: Programs) -> np.ndarray:
+    """The log-probability of what is trained of each document, float32 [documents]."""
+    log_probs = np.zeros(len(store.offsets) - 1, np.float32)
+    if not len(log_probs):
+        return log_probs
+    rows = pack(store, "best_fit", stage.config.context_length, stage.config.documents_per_example)
+    step, count = programs.log_prob_step(stage), programs.evaluation_rows(stage)
+    host = programs.host
+    share = count // host.count
+    own = slice(host.index * share, (host.index + 1) * share)
+    for first in range(0, len(rows), count):
+        taken = np.arange(first, min(first + count, len(rows)))
+        # Rows are taken again to fill the last batch: every batch is one shape.
+        batch = rows.take(np.resize(taken, count)[own])
+        values_BT = multihost_utils.process_allgather(step(params, programs.on_devices(batch)), tiled=True)
+        row, column, document = rows.documents(taken)
+        log_probs[document] = np.asarray(values_BT)[row, column]
+    return log_probs
+
+
+def _read(path: pathlib.Path) -> tuple[Key | None, dict[str, np.ndarray]]:
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        return json.loads(str(arrays.pop("key"))), arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None, {}
+
+
+def _write(path: pathlib.Path, key: Key, arrays: Mapping[str, np.ndarray]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, key=json.dumps(key, sort_keys=True), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

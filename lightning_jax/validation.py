@@ -1,0 +1,89 @@
+"""What a run looks at beside its training loss: the held-out part of each corpus, and what the model writes."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lightning_jax.config import RunConfig
+from lightning_jax.generation import sample_prompts
+from lightning_jax.input_pipeline import PreparedCorpus, validation_batches
+from lightning_jax.programs import Programs
+from lightning_jax.run_setup import Data
+from lightning_jax.stages import Stage
+
+MEASURES = ("loss", "accuracy")  # of an objective's metrics, as far as it has them
+
+
+class Validation:
+    """The measures of a stage on held-out rows, always the same ones.
+
+    Args:
+      corpora: those of the stage, by name.
+    """
+
+    def __init__(self, stage: Stage, corpora: Mapping[str, PreparedCorpus], programs: Programs, num_batches: int):
+        self._objective, self._programs = programs.objective(stage), programs
+        self._step = programs.evaluation_step(stage)
+        self._batches = {
+            name: validation_batches(
+                corpus.validation,
+                stage.config.context_length,
+                batch_rows=programs.evaluation_rows(stage),
+                num_batches=num_batches,
+                documents_per_example=stage.config.documents_per_example,
+                process_index=programs.host.index,
+                process_count=programs.host.count,
+            )
+            for name, corpus in corpora.items()
+            if corpus.validation.num_tokens > 1
+        }
+
+    def __call__(self, params: nnx.State) -> dict[str, dict[str, float]]:
+        """`validation_loss` and, where answers are right or wrong, `validation_accuracy`, by corpus."""
+        measures: dict[str, dict[str, float]] = {}
+        for corpus, batches in self._batches.items():
+            sums = [self._step(params, self._programs.on_devices(batch)) for batch in batches]
+            total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
+            metrics = self._objective.loss(total)[1]
+            for name in MEASURES:
+                if name in metrics:
+                    measures.setdefault(f"validation_{name}", {})[corpus] = float(metrics[name])
+        return measures
+
+
+def describe_measures(measures: Mapping[str, Mapping[str, float]]) -> str:
+    """The measures on one line."""
+    return "; ".join(
+        f"{name.replace('_', ' ')}: " + ", ".join(f"{corpus} {value:.4f}" for corpus, value in values.items())
+        for name, values in measures.items()
+    )
+
+
+def samples(
+    config: RunConfig, stage: Stage, data: Data, params: nnx.State, programs: Programs
+) -> Iterator[tuple[str, str]]:
+    """(prompt, what the model writes after it): of a stage on chats the prompts of held-out ones."""
+    settings = config.metrics
+    if not settings.sample_prompts or not settings.sample_tokens or stage.config.objective == "reward_model":
+        return
+    prompts = [data.prompt(text) for text in settings.sample_prompts]
+    chats = [name for name in stage.config.mixture.start if data.corpora[name].validation.trained is not None]
+    if held_out := [ids for name in chats for ids in data.chat_prompts(name, len(prompts))]:
+        prompts = held_out[: len(prompts)]
+    continuations = sample_prompts(
+        dataclasses.replace(config.model, rope_theta=stage.config.rope_theta),
+        params,
+        prompts,
+        num_tokens=settings.sample_tokens,
+        temperature=0.0 if held_out else settings.sample_temperature,
+        seed=config.seed,
+        mesh=programs.mesh,
+    )
+    for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
+        said = data.tokenizer.decode(prompt) if held_out else settings.sample_prompts[number]
+        end = ids.index(data.tokenizer.eos_id) if held_out and data.tokenizer.eos_id in ids else len(ids)
+        yield said, data.tokenizer.decode(ids[:end])
