@@ -1,7 +1,7 @@
 """The device mesh: five named axes over which a run is laid out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,10 +25,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve(config, len(devices))
-    # A torus of 8 x 8 x 8 chips has no axis of 32: it takes one of its axes and half of another.
-    array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     # Auto: the compiler places what the sharding rules leave open.
-    return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(arrange(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array with an axis for each of `sizes`.
+
+    The first axes lie across slices that only a data center's network joins, as many of them as there are slices: with
+    data=2 and fsdp over the rest, two slices hold a copy of the parameters each, split inside (TinyLlama v1.1's way).
+
+    Raises:
+        MeshError: the slices do not divide the axes.
+    """
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    across = []
+    for size in sizes.values():
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise MeshError(f"mesh: {slices} slices do not divide the axes; use data={slices}, a copy in each")
+    # A torus of 8 x 8 x 8 chips has no axis of 32: that takes one of its axes and half of another.
+    inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def without_sequence(mesh: Mesh) -> Mesh:

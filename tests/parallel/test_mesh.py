@@ -1,11 +1,13 @@
 """Meshes that fit the devices, and one line about those that do not."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lightning_jax.parallel import MeshConfig, MeshError, make_mesh, without_sequence
-from lightning_jax.parallel.mesh import resolve
+from lightning_jax.parallel.mesh import arrange, resolve
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,21 @@ def test_for_generation_the_devices_of_a_sequence_become_replicas_and_parameters
     heads = PartitionSpec(None, "tensor")
     before, after = (NamedSharding(mesh, heads).devices_indices_map((3, 4)) for mesh in (training, generation))
     assert before == after
+
+
+def device_of(slice_index):
+    return SimpleNamespace(slice_index=slice_index, platform="cpu", device_kind="cpu", process_index=0)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (4, 2), (1, 8)])
+def test_the_first_axes_lie_across_slices_and_the_others_within(data, fsdp):
+    devices = [device_of(place % 2) for place in range(8)]
+    array = arrange(MeshConfig.of(data=data, fsdp=fsdp).sizes(), devices)
+    assert array.shape[:2] == (data, fsdp)
+    assert [{device.slice_index for device in half} for half in array.reshape(2, 4)] == [{0}, {1}]
+
+
+def test_slices_that_divide_no_axis_are_refused():
+    devices = [device_of(place // 2) for place in range(6)]
+    with pytest.raises(MeshError, match="3 slices do not divide the axes; use data=3"):
+        arrange(MeshConfig.of(tensor=2).sizes(), devices)
