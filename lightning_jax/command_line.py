@@ -1,7 +1,6 @@
 """What the commands share: their arguments, what they say, and one clear line for a user's mistake."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import jax
 from lightning_jax.config import ConfigError, RunConfig, load_config, nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.parallel import MeshConfig
+from lightning_jax.parallel.config import AXES
 
 USAGE_ERROR = 2
 STOPPED = 130  # what shells expect of a command that Ctrl-C ended
@@ -108,11 +108,11 @@ def mesh_option(text: str, problems: list[str]) -> MeshConfig | None:
     if not text:
         return None
     axes = dict(part.partition("=")[::2] for part in text.split(","))
-    known = [field.name for field in dataclasses.fields(MeshConfig)]
+    known = [axis for axis in AXES if axis != "sequence"]  # these commands generate, a token after the other
     if not set(axes) <= set(known) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
         problems.append(f"--mesh={text}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
         return None
-    mesh = MeshConfig(**{axis: int(axes.get(axis, 1)) for axis in known})
+    mesh = MeshConfig.of(**{axis: int(size) for axis, size in axes.items()})
     problems += [f"--mesh: {problem}" for problem in mesh.problems()]
     return mesh
 

@@ -192,7 +192,17 @@ class RunConfig:
                 rows = tokens // stage.context_length
                 field = f"stages.{name}.batch_size.tokens / context_length"
                 splits.append((field, rows, "data x fsdp x expert", shards))
-        return [
+            if mesh["sequence"] > 1:
+                # Softmax layers give each device two pieces of a row, so that all have the same work.
+                field, pieces = f"stages.{name}.context_length", 2 * mesh["sequence"]
+                splits.append((field, stage.context_length, "2 x sequence", pieces))
+        found = []
+        if mesh["sequence"] > 1 and model.num_experts and model.expert_dispatch == "capacity":
+            found.append(
+                f"config.model.expert_dispatch: 'capacity' counts places over whole rows, which mesh "
+                f"sequence={mesh['sequence']} splits; use 'auto', which drops nothing"
+            )
+        return found + [
             f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
             for field, size, axis, parts in splits
             if size % parts

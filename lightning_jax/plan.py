@@ -1,20 +1,33 @@
-"""What a config is about to do: its stages with their schedules, as a table and a plot.
+"""What a config is about to do: its schedules, and whether, how and at what cost it trains on a slice.
 
 python -m lightning_jax.plan --config=configs/minimax_text_01.py:456b --schedule --out=schedule.png
+python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --devices=v5p:8x8x8 --out=plan.png
+python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --generation --out=flops.png
 """
 
 import argparse
+import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lightning_jax.command_line import run_command
-from lightning_jax.config import RunConfig
+from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.metrics.formatting import count, scientific
 from lightning_jax.optimizers import learning_rate
+from lightning_jax.planning.compiled import compile_step, described_devices
+from lightning_jax.planning.estimate import estimate
+from lightning_jax.planning.generation_flops import (
+    DEEPSEEK_R1,
+    GenerationCost,
+    generation_table,
+    plot_generation_flops,
+)
+from lightning_jax.planning.hardware import parse_slice
+from lightning_jax.planning.report import plan_lines, plot_plan
 from lightning_jax.run_setup import open_run
 from lightning_jax.stages import Stage, plan_stages
 
@@ -71,27 +84,69 @@ def plot_schedule(stages: Sequence[Stage], title: str, path: pathlib.Path) -> No
     panels[2].set_xlabel("tokens")
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out={path}: {str(error).splitlines()[0]}") from error
+    figure.savefig(path, dpi=150)
+
+
+def _plan_on_devices(
+    options: argparse.Namespace, config: RunConfig, stages: Sequence[Stage], title: str
+) -> Callable[[pathlib.Path], None]:
+    """Prints the plan of each stage that was asked for; returns what plots them."""
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"--mfu={options.mfu}: not a share between 0 and 1")
+    target = parse_slice(options.devices)
+    names = [stage.name for stage in stages]
+    if options.stage and options.stage not in names:
+        raise UserError(f"--stage={options.stage}: no such stage; {nearest_name(options.stage, names)}")
+    if problems := config.problems_on(target.num_chips):
+        raise ConfigError(problems)
+    chosen = [stage for stage in stages if options.stage in (None, stage.name)]
+    plans = [estimate(config, stage, target) for stage in chosen]
+    for stage, plan in zip(chosen, plans, strict=True):
+        compiled = compile_step(config, stage, described_devices(target)) if options.compile else None
+        price = options.dollars_per_chip_hour
+        print(
+            *plan_lines(config, stage, plan, mfu=options.mfu, dollars_per_chip_hour=price, compiled=compiled), sep="\n"
+        )
+        print()
+    return functools.partial(plot_plan, plans, [stage.name for stage in chosen], f"{title} on {target.topology}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m lightning_jax.plan", description="Shows what a config will do.")
-    parser.add_argument("--schedule", action="store_true", required=True, help="the stages and their schedules")
-    parser.add_argument(
-        "--out", type=pathlib.Path, metavar="FILE.png", help="plot them as well; .svg and .pdf work too"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--schedule", action="store_true", help="the stages and their schedules")
+    what.add_argument("--devices", metavar="CHIP:SHAPE", help="what a step takes there: v5p:8x8x8, v6e:16x16, h100:64")
+    what.add_argument(
+        "--generation", action="store_true", help="the FLOPs of generating up to 128K tokens, beside DeepSeek-R1's"
     )
+    parser.add_argument("--stage", help="--devices: of this stage only")
+    parser.add_argument(
+        "--compile", action="store_true", help="--devices: ask the compiler too; minutes for large models"
+    )
+    parser.add_argument("--mfu", type=float, default=0.4, help="--devices: model FLOPs utilisation to reckon with")
+    parser.add_argument("--dollars_per_chip_hour", type=float, help="--devices: what you pay, for the cost")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.png", help="plot it as well; .svg and .pdf work too")
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
         if any(config.stages[name].passes for name in config.run_stages):
             config, _ = open_run(config, say=print)  # so long as their data are
         stages = plan_stages(config)
-        print(schedule_table(stages))
+        title = f"{config.name} ({config.size_reason})"
+        if options.schedule:
+            print(schedule_table(stages))
+            draw = functools.partial(plot_schedule, stages, title)
+        elif options.generation:
+            costs = [GenerationCost.of(config.name, config.model), DEEPSEEK_R1]
+            print(generation_table(costs))
+            draw = functools.partial(plot_generation_flops, costs)
+        else:
+            draw = _plan_on_devices(options, config, stages, title)
         if options.out:
-            plot_schedule(stages, f"{config.name} ({config.size_reason})", options.out)
+            try:
+                draw(options.out)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--out={options.out}: {str(error).splitlines()[0]}") from error
         return 0
 
     return run_command(parser, command, arguments)

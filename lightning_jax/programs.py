@@ -1,7 +1,7 @@
 """What the devices of a run compute: its first state, and the steps of each stage."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,19 +24,22 @@ class Programs:
 
     Args:
       stages: of the run; the first one's optimizer makes the state that serves all.
+      devices: to lay the run out on, if not all there are; described ones will do to compile for.
 
     Attributes:
       mesh: the devices.
       shards: into how many parts they split the rows of a batch.
+      host: which part of a batch's rows this host reads.
       abstract_state: shapes, dtypes and shardings of the train state.
     """
 
-    def __init__(self, config: RunConfig, stages: list[Stage]):
+    def __init__(self, config: RunConfig, stages: list[Stage], devices: Sequence[jax.Device] | None = None):
         self._config = config
-        self.mesh = parallel.make_mesh(config.mesh)
+        self.mesh = parallel.make_mesh(config.mesh, devices)
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
-        operators = parallel.operators(self.mesh, config.model)
+        self.host = parallel.rows_of_host(self.mesh, jax.process_index())
+        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
         kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
         make_model = functools.partial(kind, config.model, operators=operators)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
@@ -104,7 +107,11 @@ class Programs:
 
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""
-        return {name: jax.make_array_from_process_local_data(self._rows, array) for name, array in batch.items()}
+        count = self.host.count
+        return {
+            name: jax.make_array_from_process_local_data(self._rows, array, (count * len(array), *array.shape[1:]))
+            for name, array in batch.items()
+        }
 
     def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
         return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)

@@ -121,8 +121,9 @@ def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: P
         return log_probs
     rows = pack(store, "best_fit", stage.config.context_length, stage.config.documents_per_example)
     step, count = programs.log_prob_step(stage), programs.evaluation_rows(stage)
-    share = count // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    host = programs.host
+    share = count // host.count
+    own = slice(host.index * share, (host.index + 1) * share)
     for first in range(0, len(rows), count):
         taken = np.arange(first, min(first + count, len(rows)))
         # Rows are taken again to fill the last batch: every batch is one shape.

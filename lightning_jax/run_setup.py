@@ -24,6 +24,7 @@ from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.metrics import formatting, record_session
 from lightning_jax.models import ModelConfig
 from lightning_jax.models.hybrid import runs
+from lightning_jax.parallel import RowsOfHost
 from lightning_jax.stages import Stage, with_lengths
 from pallas_kernels import choose_implementation
 
@@ -69,7 +70,7 @@ def open_run(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, 
 
 
 def global_batches(
-    stages: Sequence[Stage], stage: Stage, corpora: Mapping[str, PreparedCorpus], *, seed: int
+    stages: Sequence[Stage], stage: Stage, corpora: Mapping[str, PreparedCorpus], *, seed: int, host: RowsOfHost
 ) -> GlobalBatches:
     """The batches of a stage, which reads each corpus on from where stages that cut it into equal rows left it."""
     rows_before: dict[str, int] = {}
@@ -84,8 +85,8 @@ def global_batches(
             seed=seed,
             documents_per_example=each.config.documents_per_example,
             rows_before=rows_before,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=host.index,
+            process_count=host.count,
         )
         rows_before |= batches.row_counts(len(batches))
     return batches

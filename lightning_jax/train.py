@@ -198,7 +198,7 @@ class Trainer:
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
         corpora = self._corpora(stage, state)
-        batches = global_batches(self.stages, stage, corpora, seed=self.config.seed)
+        batches = global_batches(self.stages, stage, corpora, seed=self.config.seed, host=self.programs.host)
         validate = Validation(stage, corpora, self.programs, self.config.metrics.evaluation_batches)
         first_step = int(state.step)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"

@@ -81,7 +81,7 @@ def load_model(
     config = dataclasses.replace(config, compute_dtype=compute_dtype or config.compute_dtype)
     texts = read_texts(folder, config.vocab_size)
     try:
-        devices = parallel.make_mesh(mesh or parallel.MeshConfig(1, 1, 1, 1), None if mesh else jax.local_devices()[:1])
+        devices = parallel.make_mesh(mesh or parallel.MeshConfig.of(), None if mesh else jax.local_devices()[:1])
         graphdef, abstract = abstract_model(config, devices)
     except (parallel.MeshError, parallel.ShardingError) as error:
         raise ModelFolderError(f"{path}: {error}") from None

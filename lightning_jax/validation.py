@@ -35,8 +35,8 @@ class Validation:
                 batch_rows=programs.evaluation_rows(stage),
                 num_batches=num_batches,
                 documents_per_example=stage.config.documents_per_example,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=programs.host.index,
+                process_count=programs.host.count,
             )
             for name, corpus in corpora.items()
             if corpus.validation.num_tokens > 1

@@ -51,7 +51,7 @@ def sequence_parallel_lightning_attention(
     tokens_W = length * (shard - 1 - jnp.arange(shards))
     reaches_WB = (tokens_W >= 0)[:, None]
     if segment_ids is not None:
-        documents = _count_documents(segment_ids, axis_name)
+        documents = count_documents(segment_ids, axis_name)
         reaches_WB &= documents.last_WB == documents.first_WB[shard]
     weight_WBH = jnp.where(reaches_WB[..., None], jnp.exp(jnp.maximum(tokens_W, 0)[:, None, None] * log_decay), 0)
     entering_BHKV = (weight_WBH[..., None, None] * states_WBHKV).sum(0)
@@ -100,7 +100,8 @@ class Documents(NamedTuple):
     last_WB: jax.Array  # of the last
 
 
-def _count_documents(segment_ids_BT: jax.Array, axis_name: str) -> Documents:
+def count_documents(segment_ids_BT: jax.Array, axis_name: str) -> Documents:
+    """The documents of a sequence in equal pieces along the mesh axis `axis_name`, from the ids of this device's."""
     borders_B = (segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]).sum(1, dtype=segment_ids_BT.dtype)
     ends_B3 = jnp.stack([segment_ids_BT[:, 0], segment_ids_BT[:, -1], borders_B], axis=-1)
     first_WB, last_WB, borders_WB = jnp.moveaxis(lax.all_gather(ends_B3, axis_name), -1, 0)

@@ -52,7 +52,7 @@ def test_both_folders_give_the_same_model(folders):
 @pytest.mark.parametrize("name", ["theirs", "ours"])
 def test_eight_devices_hold_the_same_model_in_parts(folders, name):
     one = load_model(folders / name, say=print)
-    eight = load_model(folders / name, mesh=MeshConfig(data=1, fsdp=2, expert=1, tensor=4), say=print)
+    eight = load_model(folders / name, mesh=MeshConfig.of(fsdp=2, tensor=4), say=print)
     assert equal(one.params, eight.params)
     embedding = eight.params["embedding"].get_value()
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(48 // 4, 16 // 2)}
@@ -78,7 +78,7 @@ def test_a_device_reads_only_the_rows_that_it_holds(folders, monkeypatch):
         return block
 
     monkeypatch.setattr(safetensors_folder.Tensor, "read", counted)
-    eight = load_model(folders / "theirs", mesh=MeshConfig(data=1, fsdp=2, expert=1, tensor=4), say=print)
+    eight = load_model(folders / "theirs", mesh=MeshConfig.of(fsdp=2, tensor=4), say=print)
     shards = [shard.data.size for leaf in jax.tree.leaves(eight.params) for shard in leaf.addressable_shards]
     assert sum(elements) <= sum(shards)
 
@@ -104,9 +104,9 @@ def test_what_cannot_be_loaded_has_its_line(folders, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_model(tmp_path / "nothing", say=print)
     with pytest.raises(UserError, match="needs 3 devices, 8 were found"):
-        load_model(folders / "ours", mesh=MeshConfig(data=3, fsdp=1, expert=1, tensor=1), say=print)
+        load_model(folders / "ours", mesh=MeshConfig.of(data=3), say=print)
     with pytest.raises(UserError, match="does not divide over mesh axis tensor=8"):
-        load_model(folders / "theirs", mesh=MeshConfig(data=1, fsdp=1, expert=1, tensor=8), say=print)
+        load_model(folders / "theirs", mesh=MeshConfig.of(tensor=8), say=print)
 
 
 @pytest.mark.slow

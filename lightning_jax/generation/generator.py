@@ -78,7 +78,7 @@ class Generator:
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        self.mesh = mesh or parallel.make_mesh(parallel.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+        self.mesh = mesh or parallel.make_mesh(parallel.MeshConfig.of(), jax.devices()[:1])
         self.settings, self.params, self.tokenizer = settings, params, tokenizer
         problems, shards = settings.problems(), parallel.batch_shards(self.mesh)
         if settings.slots % shards:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -25,10 +26,12 @@ def sample_prompts(
 
     Args:
         config: of the model, with the rope_theta to use.
-        params: laid out on the mesh.
+        params: laid out on the mesh; axis "sequence" of it serves rows here.
         prompts: token ids, at least one each.
         temperature: divides the logits; 0 takes the likeliest token.
     """
+    mesh = parallel.without_sequence(mesh)
+    params = jax.device_put(params, parallel.shardings(params, mesh))
     shards = parallel.batch_shards(mesh)
     settings = GenerationSettings(
         slots=-(-len(prompts) // shards) * shards,

@@ -42,7 +42,7 @@ class Block(nnx.Module):
         if config.num_experts:
             self.feed_forward = MoE(config, rngs=rngs, operators=operators)
         else:
-            self.feed_forward = SwiGLU(config, rngs=rngs)
+            self.feed_forward = SwiGLU(config, rngs=rngs, operators=operators)
 
     def __call__(
         self, x_BTD: jax.Array, constants: Any, tokens: Tokens, mask_BT: jax.Array, state: LayerState | None

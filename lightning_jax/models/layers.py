@@ -13,7 +13,7 @@ from flax import nnx
 
 from lightning_jax.models import initializers
 from lightning_jax.models.config import ModelConfig
-from lightning_jax.models.operators import LogicalAxes
+from lightning_jax.models.operators import LogicalAxes, Operators
 
 
 def weight_matrix(
@@ -22,16 +22,6 @@ def weight_matrix(
     """A weight [inputs, outputs] in the config's param_dtype, started by its role."""
     initialize = initializers.weight(config, role, *shape)
     return nnx.Param(initialize(rngs.params(), shape, config.param_dtype), logical_axes=logical_axes)
-
-
-def project(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """x @ weight in the dtype of x.
-
-    The tokens are flattened for the gradient of the weight: over two axes, batch and sequence, XLA's CPU backend first
-    transposes the cotangent, which took a quarter of a small model's step.
-    """
-    y = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
-    return y.reshape(*x.shape[:-1], -1)
 
 
 # Elementwise work that the backward pass repeats from its inputs: cheaper than the memory its results would take.
@@ -62,11 +52,12 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """W_down (silu(W_gate x) * W_up x), no biases."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, operators: Operators):
+        self.project = operators.project
         D, F = config.hidden_size, config.intermediate_size
         self.gate = weight_matrix(config, "feed_forward_in", (D, F), ("embed", "mlp"), rngs=rngs)
         self.up = weight_matrix(config, "feed_forward_in", (D, F), ("embed", "mlp"), rngs=rngs)
         self.down = weight_matrix(config, "feed_forward_out", (F, D), ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return project(gated(project(x_BTD, self.gate), project(x_BTD, self.up)), self.down)
+        return self.project(gated(self.project(x_BTD, self.gate), self.project(x_BTD, self.up)), self.down)

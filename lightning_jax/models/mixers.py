@@ -28,7 +28,7 @@ from flax import nnx
 
 from lightning_jax.models import initializers
 from lightning_jax.models.config import LayerKind, ModelConfig
-from lightning_jax.models.layers import RMSNorm, project, recomputed, weight_matrix
+from lightning_jax.models.layers import RMSNorm, recomputed, weight_matrix
 from lightning_jax.models.operators import LogicalAxes, Operators
 from lightning_jax.models.rope import Rotation, rotate
 from lightning_jax.models.stateful_attention import KeyValues, places
@@ -106,7 +106,7 @@ class LightningAttention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, log_decay_H: jax.Array, tokens: Tokens, state: LayerState | None = None
     ) -> tuple[jax.Array, LayerState | None]:
-        fused_BTA3 = recomputed(jax.nn.silu)(project(x_BTD, self.query_key_value))
+        fused_BTA3 = recomputed(jax.nn.silu)(self.operators.project(x_BTD, self.query_key_value))
         q_BTHK, k_BTHK, v_BTHK = jnp.split(fused_BTA3.reshape(*x_BTD.shape[:2], self.num_heads, -1), 3, axis=-1)
         if state is None:
             o_BTHK = self.operators.lightning_attention(
@@ -119,7 +119,8 @@ class LightningAttention(nnx.Module):
             )
             state = state.write(state_BHKK)
         o_BTA = self.norm(o_BTHK.reshape(*x_BTD.shape[:2], -1))
-        return project(sigmoid_gated(project(x_BTD, self.gate), o_BTA), self.output), state
+        gated_BTA = sigmoid_gated(self.operators.project(x_BTD, self.gate), o_BTA)
+        return self.operators.project(gated_BTA, self.output), state
 
 
 @recomputed
@@ -175,7 +176,7 @@ class SoftmaxAttention(nnx.Module):
         self, x_BTD: jax.Array, constants: tuple[()], tokens: Tokens, state: LayerState | None = None
     ) -> tuple[jax.Array, LayerState | None]:
         def heads(weight: nnx.Param) -> jax.Array:
-            return project(x_BTD, weight).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+            return self.operators.project(x_BTD, weight).reshape(*x_BTD.shape[:2], -1, self.head_dim)
 
         q_BTHK = rotate(heads(self.query), tokens.rotation)
         k_BTGK, v_BTGK = rotate(heads(self.key), tokens.rotation), heads(self.value)
@@ -186,7 +187,7 @@ class SoftmaxAttention(nnx.Module):
                 q_BTHK, k_BTGK, v_BTGK, state.arrays, state.layer, tokens.positions_BT
             )
             state = state._replace(arrays=cache)
-        return project(o_BTHK.reshape(*x_BTD.shape[:2], -1), self.output), state
+        return self.operators.project(o_BTHK.reshape(*x_BTD.shape[:2], -1), self.output), state
 
 
 MIXERS: dict[LayerKind, type[nnx.Module]] = {"lightning": LightningAttention, "softmax": SoftmaxAttention}

@@ -1,20 +1,15 @@
 """Causal softmax attention with grouped key/value heads that keeps the documents of a packed row apart.
 
-Sources: grouped-query attention (arXiv 2305.13245); the blocked form is FlashAttention-2 (arXiv 2307.08691) section 3.1
-in plain XLA.
-Shapes: B batch, T sequence, H query heads, G key/value heads, R = H / G query heads that share one, K head dim,
-C tokens of a block (i, j its queries and keys), N blocks.
+Source: grouped-query attention (arXiv 2305.13245).
+Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
 """
 
-import math
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.varying import vary_like
+from lightning_jax.models.blocked_attention import blocked_attention, default_block
 
 Implementation = Literal["auto", "xla", "blocked", "cudnn"]
 
@@ -49,7 +44,7 @@ def softmax_attention(
         # [T, T] at every length from 128 up, and on an accelerator one block is all of a short sequence.
         implementation = "blocked" if documents_BT is not None or _cudnn_problem(q_BTHK) else "cudnn"
     if implementation == "blocked":
-        return _blocked_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT)
+        return _in_blocks(q_BTHK, k_BTGK, v_BTGK, documents_BT)
     mask = None if documents_BT is None else documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
     with jax.default_matmul_precision("highest" if q_BTHK.dtype == jnp.float32 else "default"):
         return jax.nn.dot_product_attention(
@@ -76,177 +71,15 @@ def _cudnn_problem(q_BTHK: jax.Array) -> str | None:
     return None
 
 
-def _block_size(batch: int, length: int, heads: int) -> int:
-    if jax.default_backend() != "cpu":
-        return min(512, length)
-    # The scores of one pair of blocks, B·H·C² fp32, should stay in a MB of cache; and a sequence of fewer than
-    # four blocks computes mostly scores that the causal mask then discards. Measured for B·H from 4 to 64.
-    cached = math.isqrt(2**18 // (batch * heads))
-    return min(next((size for size in (512, 256, 128) if size <= cached and 4 * size <= length), 64), length)
-
-
-def _blocked_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT):
-    batch, length, heads, dim = q_BTHK.shape
-    groups = k_BTGK.shape[2]
-    block = _block_size(batch, length, heads)
+def _in_blocks(q_BTHK, k_BTGK, v_BTGK, documents_BT):
+    batch, length, heads, _ = q_BTHK.shape
+    block = default_block(batch, length, heads)
     # Keys that fill up the last block lie behind every real query, so the causal mask hides them.
     fill = ((0, 0), (0, -length % block))
     q_BTHK, k_BTGK, v_BTGK = (jnp.pad(x, (*fill, (0, 0), (0, 0))) for x in (q_BTHK, k_BTGK, v_BTGK))
     if documents_BT is not None:
         documents_BT = jnp.pad(documents_BT, fill, mode="edge")
-    q_BGRTK = q_BTHK.reshape(batch, -1, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
-    o_BGRTK = _flash_attention(q_BGRTK, k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2), documents_BT, block)
-    return o_BGRTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape)[:, :length]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash_attention(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
-    o_BGRTK, _ = _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block)
-    return o_BGRTK
-
-
-def _forward(q_BGRTK, k_BGTK, v_BGTK, documents_BT, block):
-    dtype = q_BGRTK.dtype
-    scale = 1 / math.sqrt(q_BGRTK.shape[-1])
-    key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
-
-    def query_block(_, key_blocks):
-        i = key_blocks.last
-        q_BGRCK = _load(q_BGRTK, i, block)
-
-        def key_block(j, carry, mask_BCC):
-            max_BGRC1, sum_BGRC1, o_BGRCK = carry
-            k_BGCK, v_BGCK = _load(k_BGTK, j, block), _load(v_BGTK, j, block)
-            scores_BGRCC = scale * _einsum("bgrik,bgjk->bgrij", q_BGRCK, k_BGCK)
-            # Finite, so that a row without any key in this block has no inf - inf. The weights of 1 it gets vanish
-            # when a later block, its own at the latest, raises the maximum.
-            scores_BGRCC = _where(mask_BCC, scores_BGRCC, -1e30)
-            new_max_BGRC1 = jnp.maximum(max_BGRC1, scores_BGRCC.max(-1, keepdims=True))
-            weights_BGRCC = jnp.exp(scores_BGRCC - new_max_BGRC1)
-            shrink_BGRC1 = jnp.exp(max_BGRC1 - new_max_BGRC1)
-            sum_BGRC1 = shrink_BGRC1 * sum_BGRC1 + weights_BGRCC.sum(-1, keepdims=True)
-            o_BGRCK = shrink_BGRC1 * o_BGRCK + _einsum("bgrij,bgjk->bgrik", weights_BGRCC.astype(dtype), v_BGCK)
-            return new_max_BGRC1, sum_BGRC1, o_BGRCK
-
-        o_BGRCK = _zeros(q_BGRCK)
-        carry = (o_BGRCK[..., :1] - 1e30, o_BGRCK[..., :1], o_BGRCK)
-        max_BGRC1, sum_BGRC1, o_BGRCK = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
-        return None, ((o_BGRCK / sum_BGRC1).astype(dtype), max_BGRC1 + jnp.log(sum_BGRC1))
-
-    _, (o_NBGRCK, lse_NBGRC1) = lax.scan(query_block, None, key_blocks_N)
-    o_BGRTK = _join_blocks(o_NBGRCK)
-    return o_BGRTK, (q_BGRTK, k_BGTK, v_BGTK, documents_BT, o_BGRTK, _join_blocks(lse_NBGRC1))
-
-
-def _backward(block, residuals, do_BGRTK):
-    q_BGRTK, k_BGTK, v_BGTK, documents_BT, o_BGRTK, lse_BGRT1 = residuals
-    dtype, sum_dtype = q_BGRTK.dtype, lse_BGRT1.dtype
-    scale = 1 / math.sqrt(q_BGRTK.shape[-1])
-    key_blocks_N = _visible_key_blocks(documents_BT, k_BGTK.shape[2], block)
-    delta_BGRT1 = (do_BGRTK.astype(sum_dtype) * o_BGRTK).sum(-1, keepdims=True)
-
-    def query_block(carry, key_blocks):
-        i = key_blocks.last
-        q_BGRCK, do_BGRCK, lse_BGRC1, delta_BGRC1 = (
-            _load(x, i, block) for x in (q_BGRTK, do_BGRTK, lse_BGRT1, delta_BGRT1)
-        )
-
-        def key_block(j, carry, mask_BCC):
-            dq_BGRCK, dk_BGTK, dv_BGTK = carry
-            k_BGCK, v_BGCK = _load(k_BGTK, j, block), _load(v_BGTK, j, block)
-            scores_BGRCC = scale * _einsum("bgrik,bgjk->bgrij", q_BGRCK, k_BGCK)
-            weights_BGRCC = _where(mask_BCC, jnp.exp(scores_BGRCC - lse_BGRC1), 0)
-            d_weights_BGRCC = _einsum("bgrik,bgjk->bgrij", do_BGRCK, v_BGCK)
-            d_scores_BGRCC = (weights_BGRCC * (d_weights_BGRCC - delta_BGRC1)).astype(dtype)
-            dq_BGRCK += _einsum("bgrij,bgjk->bgrik", d_scores_BGRCC, k_BGCK)
-            dk_BGCK = _einsum("bgrij,bgrik->bgjk", d_scores_BGRCC, q_BGRCK)
-            dv_BGCK = _einsum("bgrij,bgrik->bgjk", weights_BGRCC.astype(dtype), do_BGRCK)
-            return dq_BGRCK, _add(dk_BGTK, dk_BGCK, j, block), _add(dv_BGTK, dv_BGCK, j, block)
-
-        carry = (_zeros(q_BGRCK), *carry)
-        dq_BGRCK, *carry = _visit_key_blocks(key_block, carry, key_blocks, documents_BT, block)
-        return tuple(carry), (scale * dq_BGRCK).astype(dtype)
-
-    carry = (_zeros(k_BGTK), _zeros(v_BGTK))
-    (dk_BGTK, dv_BGTK), dq_NBGRCK = lax.scan(query_block, carry, key_blocks_N)
-    return _join_blocks(dq_NBGRCK), (scale * dk_BGTK).astype(dtype), dv_BGTK.astype(dtype), None
-
-
-_flash_attention.defvjp(_forward, _backward)
-
-
-class KeyBlocks(NamedTuple):
-    """For a block of queries, which blocks of keys hold any that they see.
-
-    The queries of every row see all keys of the blocks from `whole` up to `last`, their own, of which they see the
-    lower triangle; of those from `first` up to `whole`, some query does not see some key.
-    """
-
-    first: jax.Array
-    whole: jax.Array
-    last: jax.Array
-
-
-def _visible_key_blocks(documents_BT: jax.Array | None, length: int, block: int) -> KeyBlocks:
-    """The blocks of keys for each block of queries [N]."""
-    last_N = jnp.arange(length // block, dtype=jnp.int32)
-    if documents_BT is None:
-        return KeyBlocks(jnp.zeros_like(last_N), jnp.zeros_like(last_N), last_N)
-    border_BT = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)))
-    document_start_BT = lax.cummax(jnp.where(border_BT, jnp.arange(length, dtype=jnp.int32), 0), axis=1)
-    earliest_N = document_start_BT[:, ::block].min(0)
-    latest_N = document_start_BT[:, block - 1 :: block].max(0)
-    return KeyBlocks(earliest_N // block, jnp.minimum((latest_N + block - 1) // block, last_N), last_N)
-
-
-def _visit_key_blocks(key_block, carry, key_blocks: KeyBlocks, documents_BT, block):
-    """key_block(j, carry, mask) for j = first..last; the mask [B, C, C] is None where every query sees every key."""
-    first, whole, i = key_blocks
-    mask_BCC = jnp.tril(jnp.ones((1, block, block), bool))
-    if documents_BT is not None:
-
-        def same_document(j):
-            query_document_BC, key_document_BC = (
-                lax.dynamic_slice_in_dim(documents_BT, n * block, block, 1) for n in (i, j)
-            )
-            return query_document_BC[:, :, None] == key_document_BC[:, None, :]
-
-        carry = lax.fori_loop(first, whole, lambda j, carry: key_block(j, carry, same_document(j)), carry)
-        mask_BCC &= same_document(i)
-    carry = lax.fori_loop(whole, i, lambda j, carry: key_block(j, carry, None), carry)
-    return key_block(i, carry, mask_BCC)
-
-
-def _where(mask_BCC: jax.Array | None, x_BGRCC: jax.Array, otherwise: float) -> jax.Array:
-    return x_BGRCC if mask_BCC is None else jnp.where(mask_BCC[:, None, None], x_BGRCC, otherwise)
-
-
-def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _zeros(x: jax.Array) -> jax.Array:
-    return vary_like(jnp.zeros(x.shape, _sum_dtype(x.dtype)), x)
-
-
-def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    # The default precision of an accelerator multiplies fp32 operands in bf16 or TF32.
-    precision = lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=_sum_dtype(x.dtype))
-
-
-def _load(x: jax.Array, n: jax.Array, block: int) -> jax.Array:
-    """Block n of the next to last axis."""
-    return lax.dynamic_slice_in_dim(x, n * block, block, axis=-2)
-
-
-def _add(x: jax.Array, y: jax.Array, n: jax.Array, block: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, _load(x, n, block) + y, n * block, axis=-2)
-
-
-def _join_blocks(x_NBGRCK: jax.Array) -> jax.Array:
-    blocks, batch, groups, ratio, block, dim = x_NBGRCK.shape
-    return jnp.moveaxis(x_NBGRCK, 0, 3).reshape(batch, groups, ratio, blocks * block, dim)
+    return blocked_attention(q_BTHK, k_BTGK, v_BTGK, documents_BT, documents_BT, 0, block)[:, :length]
 
 
 def _check(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, implementation) -> None:

@@ -2,15 +2,17 @@
 
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.layout import operators
-from lightning_jax.parallel.mesh import MeshError, make_mesh
+from lightning_jax.parallel.mesh import MeshError, make_mesh, without_sequence
 from lightning_jax.parallel.sharding import (
     RULES,
+    RowsOfHost,
     ShardingError,
     ShardingRules,
     batch_sharding,
     batch_shards,
     constrain,
     create_sharded,
+    rows_of_host,
     shardings,
 )
 
@@ -18,6 +20,7 @@ __all__ = [
     "RULES",
     "MeshConfig",
     "MeshError",
+    "RowsOfHost",
     "ShardingError",
     "ShardingRules",
     "batch_sharding",
@@ -26,5 +29,7 @@ __all__ = [
     "create_sharded",
     "make_mesh",
     "operators",
+    "rows_of_host",
     "shardings",
+    "without_sequence",
 ]

@@ -28,6 +28,7 @@ from lightning_jax.models.experts import (
 from lightning_jax.parallel.sharding import RULES
 
 BATCH = RULES.mesh_axes("batch")
+SEQUENCE = RULES.mesh_axes("sequence")
 EMBED = RULES.mesh_axes("embed")
 EXPERTS = RULES.mesh_axes("experts")
 MLP = RULES.mesh_axes("mlp")
@@ -51,7 +52,7 @@ class ParallelExperts:
         mask_BT: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """As `models.experts.experts`, on arrays of global shape."""
-        rows = PartitionSpec(BATCH)
+        rows = PartitionSpec(BATCH, SEQUENCE)
         split = ExpertWeights(
             gate_EDF=PartitionSpec(EXPERTS, EMBED, MLP),
             up_EDF=PartitionSpec(EXPERTS, EMBED, MLP),
@@ -79,7 +80,7 @@ class ParallelExperts:
         y_BECD = jax.lax.all_to_all(y_BECD, EXPERTS, split_axis=0, concat_axis=1, tiled=True)
         weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
         y_BTD = places.combine(y_BECD, weight_BTk).astype(x_BTD.dtype)
-        return jax.lax.psum(y_BTD, MLP), jax.lax.psum(places.dropped, BATCH)
+        return jax.lax.psum(y_BTD, MLP), jax.lax.psum(places.dropped, (*BATCH, *SEQUENCE))
 
     def _dropless(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
         weights = _gather_embed(weights)

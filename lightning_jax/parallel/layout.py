@@ -1,7 +1,9 @@
 """What a mesh changes in how a model computes: its operators.
 
 Attention never looks across rows or heads, so each device runs it on its own rows and heads. `shard_map` says so: the
-compiler cannot know it of a kernel, nor of a loop whose length depends on the documents.
+compiler cannot know it of a kernel, nor of a loop whose length depends on the documents. Where "sequence" splits the
+rows themselves, lightning layers gather a state from each device (LASP-2, arXiv 2502.07563; MiniMax-01 calls it LASP+),
+and softmax layers send keys and values.
 
 Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
 """
@@ -9,28 +11,40 @@ Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
 import functools
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from lightning_jax.models.config import ModelConfig
-from lightning_jax.models.operators import Operators, complete
+from lightning_jax.models.operators import Operators, complete, project
+from lightning_jax.parallel.config import SequenceAttention
 from lightning_jax.parallel.expert import ParallelExperts
+from lightning_jax.parallel.sequence import sequence_parallel_softmax_attention
 from lightning_jax.parallel.sharding import RULES, ShardingError, constrain
+from pallas_kernels import sequence_parallel_lightning_attention
 
 BATCH = RULES.mesh_axes("batch")
 HEADS = RULES.mesh_axes("heads")
+SEQUENCE = RULES.mesh_axes("sequence")
 ROWS = PartitionSpec(BATCH)
 ROWS_AND_HEADS = PartitionSpec(BATCH, None, HEADS)
+TOKENS = PartitionSpec(BATCH, SEQUENCE)
+TOKENS_AND_HEADS = PartitionSpec(BATCH, SEQUENCE, HEADS)
 STATE = PartitionSpec(BATCH, HEADS)
 CACHE = PartitionSpec(None, BATCH, HEADS)
 
 
 # Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
 @functools.cache
-def operators(mesh: Mesh, config: ModelConfig) -> Operators:
+def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAttention = "ring") -> Operators:
     """The operators that compute a model on this mesh; those of one device are the model's own.
 
+    Args:
+        sequence_attention: how keys and values travel where the mesh splits the sequence.
+
     Raises:
-        ShardingError: the mesh axis "tensor" does not divide the model's heads.
+        ShardingError: the mesh axis "tensor" does not divide the model's heads, or "sequence" splits rows whose experts
+            have a fixed number of places in each.
     """
     if mesh.size == 1:
         return Operators()
@@ -43,29 +57,46 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
                 f"model.{name}={count} does not divide over mesh axis tensor={mesh.shape['tensor']}; "
                 f"use a divisor of {count}"
             )
+    sequence = mesh.shape["sequence"]
+    if sequence > 1 and config.num_experts and config.expert_dispatch == "capacity":
+        raise ShardingError(
+            f"model.expert_dispatch='capacity' counts places over whole rows, which mesh axis sequence={sequence} "
+            f"splits; use 'auto', which drops nothing"
+        )
     local = complete(Operators(), config)
+    if sequence > 1:
+        local_lightning = functools.partial(
+            sequence_parallel_lightning_attention,
+            axis_name=SEQUENCE[0],
+            implementation=config.lightning_implementation,
+        )
+        local_softmax = functools.partial(
+            sequence_parallel_softmax_attention, axis_name=SEQUENCE[0], method=sequence_attention
+        )
+    else:
+        local_lightning, local_softmax = local.lightning_attention, local.softmax_attention
 
     def lightning_attention(q_BTHK, k_BTHK, v_BTHK, log_decay_H, *, segment_ids):
         def on_device(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids):
-            return local.lightning_attention(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=segment_ids)
+            return local_lightning(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids=segment_ids)
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, PartitionSpec(HEADS), ROWS),
-            out_specs=ROWS_AND_HEADS,
+            in_specs=(TOKENS_AND_HEADS, TOKENS_AND_HEADS, TOKENS_AND_HEADS, PartitionSpec(HEADS), TOKENS),
+            out_specs=TOKENS_AND_HEADS,
             check_vma=False,
         )(q_BTHK, k_BTHK, v_BTHK, log_decay_H, segment_ids)
 
     def softmax_attention(q_BTHK, k_BTGK, v_BTGK, *, segment_ids_BT):
         def on_device(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
-            return local.softmax_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT)
+            return local_softmax(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT)
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS_AND_HEADS, ROWS),
-            out_specs=ROWS_AND_HEADS,
+            in_specs=(TOKENS_AND_HEADS, TOKENS_AND_HEADS, TOKENS_AND_HEADS, TOKENS),
+            out_specs=TOKENS_AND_HEADS,
             check_vma=False,
         )(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
 
@@ -91,11 +122,11 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
     # devices in every turn.
     def sum_over_rows(function, weights_DV, *rows):
         return jax.shard_map(
-            lambda weights_DV, *rows: jax.lax.psum(function(weights_DV, *rows), BATCH),
+            lambda weights_DV, *rows: jax.lax.psum(function(weights_DV, *rows), (*BATCH, *SEQUENCE)),
             mesh=mesh,
-            in_specs=(PartitionSpec(), *(ROWS for _ in rows)),
+            in_specs=(PartitionSpec(), *(TOKENS for _ in rows)),
             out_specs=PartitionSpec(),
-            axis_names=set(BATCH),  # the compiler splits the vocabulary
+            axis_names={*BATCH, *SEQUENCE},  # the compiler splits the vocabulary
             check_vma=False,
         )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
 
@@ -115,7 +146,13 @@ def operators(mesh: Mesh, config: ModelConfig) -> Operators:
         lightning_attention_from=lightning_attention_from,
         cached_softmax_attention=cached_softmax_attention,
         experts=ParallelExperts(mesh, config),
+        project=project if sequence == 1 else _project_unflattened,
         sum_over_rows=sum_over_rows,
         map_rows=map_rows,
         constrain=functools.partial(constrain, mesh=mesh),
     )
+
+
+def _project_unflattened(x_BTD: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x @ weight where both rows and their tokens are split: flattened, the tokens would have to be gathered."""
+    return jnp.einsum("btd,da->bta", x_BTD, weight[...].astype(x_BTD.dtype))

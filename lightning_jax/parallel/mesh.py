@@ -1,10 +1,11 @@
-"""The device mesh: four named axes over which a run is laid out."""
+"""The device mesh: five named axes over which a run is laid out."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from lightning_jax.parallel.config import MeshConfig
@@ -15,7 +16,7 @@ class MeshError(ValueError):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes "data", "fsdp", "expert", "tensor" over `devices` (all devices where None).
+    """The mesh with the axes of `parallel.config.AXES` over `devices` (all devices where None).
 
     Neighbouring devices share the last axes, which communicate most.
 
@@ -25,8 +26,42 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = resolve(config, len(devices))
     # Auto: the compiler places what the sharding rules leave open.
-    axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    return Mesh(arrange(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array with an axis for each of `sizes`.
+
+    The first axes lie across slices that only a data center's network joins, as many of them as there are slices: with
+    data=2 and fsdp over the rest, two slices hold a copy of the parameters each, split inside (TinyLlama v1.1's way).
+
+    Raises:
+        MeshError: the slices do not divide the axes.
+    """
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    across = []
+    for size in sizes.values():
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise MeshError(f"mesh: {slices} slices do not divide the axes; use data={slices}, a copy in each")
+    # A torus of 8 x 8 x 8 chips has no axis of 32: that takes one of its axes and half of another.
+    inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+
+
+def without_sequence(mesh: Mesh) -> Mesh:
+    """The same devices with those along "sequence" made replicas: for generation, which goes on token by token.
+
+    Parameters, which "data" and "sequence" do not split, stay where they are.
+    """
+    axis = mesh.axis_names.index("sequence")
+    devices = np.moveaxis(mesh.devices, axis, 1)
+    data, sequence, *others = devices.shape
+    devices = np.expand_dims(devices.reshape(data * sequence, *others), axis)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -37,7 +72,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """
     if problems := config.problems():
         raise MeshError("; ".join(f"mesh.{problem}" for problem in problems))
-    sizes = dataclasses.asdict(config)
+    sizes = config.sizes()
     given = math.prod(size for size in sizes.values() if size != -1)
     open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
     if open_axis and num_devices % given == 0:
@@ -52,7 +87,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def _advice(sizes: dict[str, int], open_axis: str | None, num_devices: int) -> str:
     """One axis to change so that every device is used, or, where none will do, all of them."""
-    for axis in ("fsdp", "data", "expert", "tensor"):
+    for axis in ("fsdp", "data", "expert", "sequence", "tensor"):
         others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
         if axis != open_axis and num_devices % others == 0:
             return f"{axis}=1" if open_axis else f"{axis}=-1"

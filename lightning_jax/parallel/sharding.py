@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -72,7 +72,7 @@ RULES = ShardingRules(
     {
         # Activations. Their model dim is declared None: "embed" is for parameters, which "fsdp" splits.
         "batch": ("data", "fsdp", "expert"),
-        "sequence": (),
+        "sequence": ("sequence",),
         # Parameters.
         "layers": (),
         "embed": ("fsdp",),
@@ -119,13 +119,40 @@ def create_sharded(create: Callable[[], Any], mesh: Mesh, rules: ShardingRules =
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
-    """The sharding of a batch's arrays [B, ...]: each device of "data", "fsdp" and "expert" holds its own rows."""
-    return NamedSharding(mesh, PartitionSpec(rules.mesh_axes("batch")))
+    """The sharding of a batch's arrays [B, T]: rows over "data", "fsdp" and "expert", their tokens over "sequence"."""
+    return NamedSharding(mesh, PartitionSpec(rules.mesh_axes("batch"), rules.mesh_axes("sequence")))
 
 
 def batch_shards(mesh: Mesh, rules: ShardingRules = RULES) -> int:
     """How many parts a batch's rows are split into; it must divide their number."""
     return mesh_size(mesh, rules.mesh_axes("batch"))
+
+
+class RowsOfHost(NamedTuple):
+    """Which part of a batch's rows a host reads: part `index` of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def rows_of_host(mesh: Mesh, process_index: int) -> RowsOfHost:
+    """The rows that the devices of a host work on; hosts among which a row or its heads are split read the same.
+
+    Raises:
+        ShardingError: two hosts have some rows in common, and others not.
+    """
+    by_shard = mesh.devices.reshape(batch_shards(mesh), -1)  # the axes of rows come first
+    shards: dict[int, set[int]] = {}
+    for shard, devices in enumerate(by_shard):
+        for device in devices:
+            shards.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(each)) for each in shards.values()})
+    if sum(map(len, parts)) > len(by_shard) or len({len(part) for part in parts}) > 1:
+        raise ShardingError(
+            "mesh: hosts share some rows of a batch and not others; let the devices of a host divide data x fsdp x "
+            "expert, or be divided by sequence x tensor"
+        )
+    return RowsOfHost(parts.index(tuple(sorted(shards[process_index]))), len(parts))
 
 
 def constrain(x: jax.Array, logical_axes: LogicalAxes, mesh: Mesh, rules: ShardingRules = RULES) -> jax.Array:

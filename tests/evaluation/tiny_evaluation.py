@@ -20,7 +20,10 @@ BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 
 def trained_model(layout=(1, 1, 1, 1), context_length=64, config=CONFIG, tokenizer=TOKENIZER):
     """As load_model returns it, on a mesh (data, fsdp, expert, tensor)."""
-    mesh = parallel.make_mesh(parallel.MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    mesh = parallel.make_mesh(
+        parallel.MeshConfig.of(**dict(zip(("data", "fsdp", "expert", "tensor"), layout, strict=True))),
+        jax.devices()[: int(np.prod(layout))],
+    )
     return SimpleNamespace(
         name="tiny",
         config=config,

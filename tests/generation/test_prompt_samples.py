@@ -7,7 +7,7 @@ from tiny_generation import CONFIG, PROMPTS, generator, ordered, params
 from lightning_jax import parallel
 from lightning_jax.generation import Sampling, sample_prompts
 
-ONE_DEVICE = parallel.make_mesh(parallel.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+ONE_DEVICE = parallel.make_mesh(parallel.MeshConfig.of(), jax.devices()[:1])
 
 
 def samples(params, mesh, prompts=PROMPTS[:3], temperature=0.0, seed=0):
@@ -27,6 +27,6 @@ def test_seed_decides_the_samples_and_a_second_run_repeats_them():
 
 @pytest.mark.slow
 def test_a_layout_fills_up_its_rows():
-    mesh = parallel.make_mesh(parallel.MeshConfig(2, 2, 1, 2))
+    mesh = parallel.make_mesh(parallel.MeshConfig.of(data=2, fsdp=2, tensor=2))
     laid_out = jax.device_put(params(), parallel.shardings(params(), mesh))
     assert samples(laid_out, mesh) == samples(params(), ONE_DEVICE)

@@ -36,7 +36,10 @@ def generator(layout: tuple[int, int, int, int] | None = None, **settings: int) 
     chosen = dataclasses.replace(SETTINGS, **settings)
     if layout is None:
         return Generator(CONFIG, params(), chosen, tokenizer=TOKENIZER)
-    mesh = parallel.make_mesh(parallel.MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    mesh = parallel.make_mesh(
+        parallel.MeshConfig.of(**dict(zip(("data", "fsdp", "expert", "tensor"), layout, strict=True))),
+        jax.devices()[: int(np.prod(layout))],
+    )
     laid_out = jax.device_put(params(), parallel.shardings(params(), mesh))
     return Generator(CONFIG, laid_out, chosen, mesh=mesh, tokenizer=TOKENIZER)
 

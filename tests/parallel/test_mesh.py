@@ -1,54 +1,95 @@
 """Meshes that fit the devices, and one line about those that do not."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lightning_jax.parallel import MeshConfig, MeshError, make_mesh
-from lightning_jax.parallel.mesh import resolve
+from lightning_jax.parallel import MeshConfig, MeshError, make_mesh, without_sequence
+from lightning_jax.parallel.mesh import arrange, resolve
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((8, 1, 1, 1), (8, 1, 1, 1)),
-        ((-1, 2, 2, 1), (2, 2, 2, 1)),
-        ((1, -1, 1, 2), (1, 4, 1, 2)),
-        ((2, 2, 2, -1), (2, 2, 2, 1)),
+        ((8, 1, 1, 1, 1), (8, 1, 1, 1, 1)),
+        ((-1, 2, 2, 1, 1), (2, 2, 2, 1, 1)),
+        ((1, -1, 1, 1, 2), (1, 4, 1, 1, 2)),
+        ((2, 1, 1, -1, 2), (2, 1, 1, 2, 2)),
+        ((2, 2, 2, 1, -1), (2, 2, 2, 1, 1)),
     ],
 )
 def test_minus_one_takes_the_devices_left_over(sizes, expected):
-    mesh = make_mesh(MeshConfig(*sizes))
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    mesh = make_mesh(MeshConfig(*sizes, "ring"))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
     assert tuple(mesh.shape.values()) == expected
 
 
 def test_mesh_of_some_devices():
-    assert make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[2:4]).devices.ravel().tolist() == jax.devices()[2:4]
+    assert make_mesh(MeshConfig.of(expert=2), jax.devices()[2:4]).devices.ravel().tolist() == jax.devices()[2:4]
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 2, 1, 1), "mesh: data=3 x fsdp=2 x expert=1 x tensor=1 needs 6 devices, 8 were found; use data=-1"),
-        ((2, 3, 1, 1), "mesh: data=2 x fsdp=3 x expert=1 x tensor=1 needs 6 devices, 8 were found; use fsdp=-1"),
-        ((1, 1, 1, 1), "mesh: data=1 x fsdp=1 x expert=1 x tensor=1 needs 1 device, 8 were found; use fsdp=-1"),
         (
-            (3, -1, 1, 1),
-            "mesh: data=3 x fsdp=-1 x expert=1 x tensor=1 needs a multiple of 3 devices, 8 were found; use data=1",
+            (3, 2, 1, 1, 1),
+            "mesh: data=3 x fsdp=2 x expert=1 x sequence=1 x tensor=1 needs 6 devices, 8 were found; use data=-1",
         ),
         (
-            (3, 5, 1, 1),
-            "mesh: data=3 x fsdp=5 x expert=1 x tensor=1 needs 15 devices, 8 were found; "
+            (2, 3, 1, 1, 1),
+            "mesh: data=2 x fsdp=3 x expert=1 x sequence=1 x tensor=1 needs 6 devices, 8 were found; use fsdp=-1",
+        ),
+        (
+            (1, 1, 1, 1, 1),
+            "mesh: data=1 x fsdp=1 x expert=1 x sequence=1 x tensor=1 needs 1 device, 8 were found; use fsdp=-1",
+        ),
+        (
+            (3, -1, 1, 1, 1),
+            "mesh: data=3 x fsdp=-1 x expert=1 x sequence=1 x tensor=1 needs a multiple of 3 devices, "
+            "8 were found; use data=1",
+        ),
+        (
+            (3, 5, 1, 1, 1),
+            "mesh: data=3 x fsdp=5 x expert=1 x sequence=1 x tensor=1 needs 15 devices, 8 were found; "
             "use fsdp=-1 and 1 for the others",
         ),
         (
-            (0, 1, 1, 1),
+            (0, 1, 1, 1, 1),
             "mesh.data: 0 devices cannot serve an axis; give 1 or more, or -1 for all that are left over",
         ),
-        ((1, -1, -1, 1), "mesh.expert: fsdp takes all devices left over already; give a size"),
+        ((1, -1, -1, 1, 1), "mesh.expert: fsdp takes all devices left over already; give a size"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_one_line_with_what_would(sizes, message):
     with pytest.raises(MeshError) as error:
-        resolve(MeshConfig(*sizes), 8)
+        resolve(MeshConfig(*sizes, "ring"), 8)
     assert str(error.value) == message
+
+
+def test_for_generation_the_devices_of_a_sequence_become_replicas_and_parameters_stay_where_they_are():
+    training = make_mesh(MeshConfig.of(data=2, sequence=2, tensor=2))
+    generation = without_sequence(training)
+    assert dict(generation.shape) == {"data": 4, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 2}
+    heads = PartitionSpec(None, "tensor")
+    before, after = (NamedSharding(mesh, heads).devices_indices_map((3, 4)) for mesh in (training, generation))
+    assert before == after
+
+
+def device_of(slice_index):
+    return SimpleNamespace(slice_index=slice_index, platform="cpu", device_kind="cpu", process_index=0)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (4, 2), (1, 8)])
+def test_the_first_axes_lie_across_slices_and_the_others_within(data, fsdp):
+    devices = [device_of(place % 2) for place in range(8)]
+    array = arrange(MeshConfig.of(data=data, fsdp=fsdp).sizes(), devices)
+    assert array.shape[:2] == (data, fsdp)
+    assert [{device.slice_index for device in half} for half in array.reshape(2, 4)] == [{0}, {1}]
+
+
+def test_slices_that_divide_no_axis_are_refused():
+    devices = [device_of(place // 2) for place in range(6)]
+    with pytest.raises(MeshError, match="3 slices do not divide the axes; use data=3"):
+        arrange(MeshConfig.of(tensor=2).sizes(), devices)

@@ -1,5 +1,7 @@
 """The table of rules: what it splits, what it refuses, and where every parameter and moment ends up."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from tiny_hybrid import config, mesh
 
 from lightning_jax import parallel
 from lightning_jax.models import HybridLM
-from lightning_jax.parallel import RULES, ShardingError
+from lightning_jax.parallel import RULES, MeshConfig, ShardingError
 
 GOLDEN_TABLE = """\
 embedding                                   P('tensor', 'fsdp')
@@ -96,11 +98,18 @@ def test_random_parameters_do_not_depend_on_how_they_are_split():
     np.testing.assert_array_equal(split, create()["w"].get_value())
 
 
-def test_batches_are_split_by_rows_over_all_axes_but_tensor():
+def test_rows_are_split_over_all_axes_but_tensor_and_sequence():
     on_mesh = mesh(2, 2, 1, 2)
     batch = jax.device_put(np.zeros((8, 3), np.int32), parallel.batch_sharding(on_mesh))
     assert batch.sharding.shard_shape(batch.shape) == (2, 3)
     assert parallel.batch_shards(on_mesh) == 4
+
+
+def test_tokens_of_a_row_are_split_over_the_sequence_axis():
+    on_mesh = mesh(2, 1, 1, 1, sequence=4)
+    batch = jax.device_put(np.zeros((8, 12), np.int32), parallel.batch_sharding(on_mesh))
+    assert batch.sharding.shard_shape(batch.shape) == (4, 3)
+    assert parallel.batch_shards(on_mesh) == 2
 
 
 def test_axes_before_the_logical_ones_are_layers_and_stay_whole():
@@ -149,3 +158,31 @@ def test_a_parameter_that_cannot_be_split_is_named_by_its_path():
     params = nnx.State({"layer": {"gate": nnx.Param(jnp.zeros((3, 8)), logical_axes=("embed", "mlp"))}})
     with pytest.raises(ShardingError, match=r"^layer\.gate: axis 'embed' of size 3 does not divide"):
         parallel.shardings(params, mesh(1, 2, 2, 2))
+
+
+class FakeDevice(NamedTuple):
+    process_index: int
+
+
+class FakeMesh(NamedTuple):
+    devices: np.ndarray
+    shape: dict[str, int]
+
+
+def hosts(devices_per_host, **sizes):
+    """The rows of each host of a mesh whose hosts hold neighbouring devices."""
+    shape = MeshConfig.of(**sizes).sizes()
+    count = np.prod(list(shape.values()))
+    devices = np.empty(count, object)
+    devices[:] = [FakeDevice(place // devices_per_host) for place in range(count)]
+    on_mesh = FakeMesh(devices.reshape(list(shape.values())), shape)
+    return [tuple(parallel.rows_of_host(on_mesh, host)) for host in range(count // devices_per_host)]
+
+
+def test_hosts_that_share_a_row_read_the_same_rows():
+    assert hosts(4, data=2, fsdp=4) == [(0, 2), (1, 2)]
+    assert hosts(4, data=2, sequence=8) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert hosts(4, sequence=4, tensor=2) == [(0, 1), (0, 1)]
+    assert hosts(2, expert=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    with pytest.raises(ShardingError, match="hosts share some rows of a batch and not others"):
+        hosts(4, data=4, sequence=3)

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import math
 import re
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from lightning_jax import parallel
 from lightning_jax.models import HybridLM, ModelConfig
 from lightning_jax.objectives import NextToken
 
-ROWS, LENGTH, VOCABULARY = 8, 12, 32
+ROWS, LENGTH, VOCABULARY = 8, 48, 32
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -79,9 +80,9 @@ def documents_alone(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return batch | {"segment_ids": (batch["segment_ids"] > 0).astype(np.int32)}
 
 
-def mesh(data: int, fsdp: int, expert: int, tensor: int) -> jax.sharding.Mesh:
-    sizes = parallel.MeshConfig(data, fsdp, expert, tensor)
-    return parallel.make_mesh(sizes, jax.devices()[: data * fsdp * expert * tensor])
+def mesh(data: int, fsdp: int, expert: int, tensor: int, sequence: int = 1) -> jax.sharding.Mesh:
+    sizes = parallel.MeshConfig.of(data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+    return parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.sizes().values())])
 
 
 @functools.cache
@@ -104,11 +105,13 @@ class Result(NamedTuple):
 
 
 @functools.cache
-def loss_and_gradients(layout: tuple[int, int, int, int], dispatch: str, dtype: str, *, packed: bool = True) -> Result:
-    """Loss and gradients of the batch on a layout (data, fsdp, expert, tensor), from the same parameters."""
+def loss_and_gradients(
+    layout: tuple[int, ...], dispatch: str, dtype: str, *, packed: bool = True, sequence_attention: str = "ring"
+) -> Result:
+    """Loss and gradients of the batch on a layout (data, fsdp, expert, tensor, sequence), from the same parameters."""
     with jax.enable_x64(dtype == "float64"):
         model_config, on_mesh = config(dispatch, dtype), mesh(*layout)
-        operators = parallel.operators(on_mesh, model_config)
+        operators = parallel.operators(on_mesh, model_config, sequence_attention)
         model = nnx.eval_shape(lambda: HybridLM(model_config, rngs=nnx.Rngs(0), operators=operators))
         graphdef, objective = nnx.graphdef(model), NextToken(model_config)
         params = jax.device_put(parameters(dtype), parallel.shardings(parameters(dtype), on_mesh))

@@ -1,0 +1,70 @@
+"""The estimate against the compiler, and against arithmetic by hand."""
+
+import dataclasses
+
+import pytest
+from planned_runs import EIGHT, RUNS, golden, planned
+
+from lightning_jax.config import load_config
+from lightning_jax.planning.compiled import compile_step, described_devices
+from lightning_jax.planning.estimate import estimate
+from lightning_jax.planning.hardware import parse_slice
+from lightning_jax.stages import plan_stages
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_estimated_memory_is_the_compilers_within_15_percent(name):
+    memory, compiled = estimate(*planned(name), EIGHT).memory, golden()[name]
+    scalars = 64
+    assert abs(memory.arguments - compiled["arguments"]) <= scalars
+    total = compiled["arguments"] + compiled["temporaries"]
+    assert memory.total == pytest.approx(total, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "expert, capacity"])
+def test_goldens_are_what_the_compiler_says(name):
+    compiled, expected = compile_step(*planned(name), described_devices(EIGHT)), golden()[name]
+    assert compiled.arguments == expected["arguments"]
+    assert compiled.temporaries == pytest.approx(expected["temporaries"], rel=0.1)
+
+
+def test_weights_moments_and_gradients_of_456b_on_512_chips_are_its_parameters_by_512():
+    config = load_config("configs/minimax_m1.py:456b")
+    plan = estimate(config, plan_stages(config)[0], parse_slice("v5p:8x8x8"))
+    assert plan.mesh == {"data": 1, "fsdp": 2, "expert": 32, "sequence": 1, "tensor": 8}
+    share = 4 * config.model.num_parameters() / 512
+    # Attention is not split over "expert", nor norms over anything: 7% of the parameters.
+    assert share < plan.memory.weights < 3 * share
+    assert plan.memory.moments == 2 * plan.memory.weights
+
+
+def test_flops_are_the_models_and_a_forward_pass_more_where_it_is_made_again():
+    config, stage = planned("dense")
+    plan = estimate(config, stage, EIGHT)
+    tokens = 65536
+    assert plan.tokens == tokens
+    flops = config.model.flops_per_token(stage.config.context_length, "model") * tokens
+    assert plan.model_flops == pytest.approx(flops / 8)
+    assert plan.flops == pytest.approx(flops / 8 * 4 / 3)
+    kept = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    assert estimate(kept, stage, EIGHT).flops == pytest.approx(flops / 8)
+
+
+def test_fsdp_gathers_all_weights_twice_and_scatters_their_gradient():
+    config, stage = planned("dense")
+    plan = estimate(config, stage, EIGHT)
+    norms = (2 * config.model.num_layers + 1) * config.model.hidden_size
+    gathered = 4 * (config.model.num_parameters() - norms)
+    assert plan.sent["fsdp"] == pytest.approx(plan.micro_batches * 3 * gathered * 7 / 8)
+    assert {axis for axis, each in plan.sent.items() if each} == {"fsdp"}
+
+
+def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_the_context():
+    config, stage = planned("sequence")
+    lightning = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_pattern=("lightning",)))
+    longer = dataclasses.replace(stage, config=dataclasses.replace(stage.config, context_length=512))
+    batch = dataclasses.replace(stage.config.batch_size, tokens=(2 * 65536,))
+    twice = dataclasses.replace(longer.config, batch_size=batch)
+    longer = plan_stages(dataclasses.replace(lightning, stages={"long": twice}, run_stages=("long",)))[0]
+    assert estimate(lightning, longer, EIGHT).sent["sequence"] == estimate(lightning, stage, EIGHT).sent["sequence"]
