@@ -81,7 +81,7 @@ def load_reward_model(path: str | os.PathLike, *, say: Callable[[str], None]) ->
     if stage is None or stage.objective != "reward_model":
         raise ModelFolderError(f"{path}: no run that trained a reward model")
     config = folder.config()
-    mesh = parallel.make_mesh(parallel.MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
+    mesh = parallel.make_mesh(parallel.MeshConfig.of(), jax.local_devices()[:1])
     model = nnx.eval_shape(lambda: RewardModel(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     abstract = jax.tree.map(

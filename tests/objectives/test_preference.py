@@ -211,7 +211,7 @@ def test_nothing_depends_on_the_mesh(kind):
     with jax.enable_x64(True):
         batch = rows_of(random_pairs(1, 16), range(16), 36, 16)
         expected = loss_and_gradients(kind, 1, EXPERTS)(batch)
-        mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=2, expert=2, tensor=1))
+        mesh = parallel.make_mesh(parallel.MeshConfig.of(data=2, fsdp=2, expert=2))
         rows = {name: jax.device_put(array, parallel.batch_sharding(mesh)) for name, array in batch.items()}
         assert_same(loss_and_gradients(kind, 1, EXPERTS, mesh)(rows), expected)
 
