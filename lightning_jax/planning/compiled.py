@@ -81,7 +81,10 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
         UserError: no compiler for them is installed here.
     """
     if target.chip.platform == "cpu":
-        jax.config.update("jax_num_cpu_devices", target.num_chips)
+        try:
+            jax.config.update("jax_num_cpu_devices", target.num_chips)
+        except RuntimeError as error:  # JAX has looked for its devices, to choose a size
+            raise UserError(f"--devices={target.topology}: name the size: --config=FILE.py:SIZE") from error
         return jax.devices("cpu")
     if target.chip.platform != "tpu":
         raise UserError(

@@ -26,7 +26,8 @@ def test_seed_decides_the_samples_and_a_second_run_repeats_them():
 
 
 @pytest.mark.slow
-def test_a_layout_fills_up_its_rows():
-    mesh = parallel.make_mesh(parallel.MeshConfig.of(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("axis", ["data", "sequence"])
+def test_a_layout_fills_up_its_rows(axis):
+    mesh = parallel.make_mesh(parallel.MeshConfig.of(fsdp=2, tensor=2, **{axis: 2}))
     laid_out = jax.device_put(params(), parallel.shardings(params(), mesh))
     assert samples(laid_out, mesh) == samples(params(), ONE_DEVICE)
