@@ -84,7 +84,6 @@ def import_model(source: HuggingFaceFolder, target: Path, *, say: Say) -> None:
         sums = _convert(source.pieces, journal, convert, arrays.flush, say)
         _copy_texts(source.path, folder / ORIGINAL)
         shutil.copyfile(source.path / CONFIG, folder / ORIGINAL / CONFIG)
-        sync_tree(folder)
         metadata = {
             "model": dataclasses.asdict(config),
             "context_length": source.context_length,
@@ -206,8 +205,9 @@ def _convert(
                 flush()
                 journal.write()
                 elements = 0
-    finally:
+    finally:  # after Ctrl-C too
         flush()
+        journal.write()
     totals: dict[str, np.ndarray] = {}
     for number, piece in enumerate(pieces):
         path = _leaf_path(piece.path)
@@ -264,9 +264,9 @@ def _working_folder(target: Path, identity: Any, say: Say) -> Iterator[tuple[Pat
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield folder, journal
-        journal.path.unlink(missing_ok=True)
-        (folder / LOCK).unlink()
         sync_tree(folder)
+        journal.path.unlink()
+        (folder / LOCK).unlink()
         folder.rename(target)
         sync_folder(target.parent)
 

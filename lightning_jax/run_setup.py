@@ -23,7 +23,7 @@ from lightning_jax.input_pipeline import (
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.metrics import formatting, record_session
 from lightning_jax.models import ModelConfig
-from lightning_jax.models.hybrid import runs
+from lightning_jax.models.layer_stack import runs
 from lightning_jax.parallel import RowsOfHost
 from lightning_jax.stages import Stage, with_lengths
 from pallas_kernels import choose_implementation

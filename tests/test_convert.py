@@ -3,15 +3,15 @@
 import json
 import os
 import shutil
-import struct
+import signal
 
 import jax
 import numpy as np
 import pytest
 import released_models
 import tiny_run
-from released_models import CONFIGS, LLAMA, PORT, RELEASED, write_tokenizer
-from safetensors.numpy import load_file, save_file
+from released_models import CONFIGS, LLAMA, PORT, RELEASED
+from safetensors.numpy import load_file
 
 from lightning_jax import convert, import_export, train
 from lightning_jax.checkpoints import CheckpointConfig, Checkpoints
@@ -90,16 +90,21 @@ def test_a_checkpoint_that_training_saved_is_exported(tmp_path):
 
 
 class Killed(Exception):
-    """As if the process had been killed."""
+    """As if the process had been killed: nothing is written any more."""
 
 
-def interrupt_after(blocks, monkeypatch):
-    """Kills the conversion after so many blocks; the places of those that it did."""
+def kill(monkeypatch):
+    monkeypatch.setattr(import_export.Journal, "write", lambda journal: None)
+    raise Killed
+
+
+def interrupt_after(blocks, monkeypatch, interrupt=kill):
+    """Ends the conversion after so many blocks; the places of those that it did."""
     real, done = block_sums, []
 
     def until(block, start):
         if len(done) == blocks:
-            raise Killed
+            interrupt(monkeypatch)
         done.append(start)
         return real(block, start)
 
@@ -107,31 +112,69 @@ def interrupt_after(blocks, monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_an_interrupted_conversion_goes_on_and_is_not_there_until_it_is_whole(tmp_path, direction, monkeypatch, capsys):
-    tensors = released_models.weights(RELEASED)
-    source, target = released_models.write(tmp_path / "theirs", RELEASED, tensors), tmp_path / "target"
+def prepared(folder, fields, direction):
+    """Weights, the folder to convert in a direction and the one to make of it."""
+    tensors = released_models.weights(fields)
+    source = released_models.write(folder / "theirs", fields, tensors)
     if direction == "export":
-        assert run(source, tmp_path / "run") == 0
-        source = tmp_path / "run"
-    done = interrupt_after(40, monkeypatch)
-    monkeypatch.setattr(import_export, "SYNC_ELEMENTS", 1000)
-    with pytest.raises(Killed):
-        run(source, target)
+        assert run(source, folder / "run") == 0
+        source = folder / "run"
+    return tensors, source, folder / "target"
+
+
+def assert_converted(folder, target, direction, tensors):
+    if direction == "import":
+        assert run(target, folder / "back") == 0
+        target = folder / "back"
+    assert_equal_bytes(tensors_in(target), tensors)
+
+
+def assert_goes_on(folder, direction, tensors, source, target, monkeypatch, capsys):
+    """The same command does what is not on record, and only that; how much is."""
     assert not target.exists()
-    working = tmp_path / "target.converting"
-    recorded = len(json.loads((working / "journal.json").read_text())["sums"])
-    assert 20 < recorded < 40
+    recorded = len(json.loads((folder / "target.converting" / "journal.json").read_text())["sums"])
     done = interrupt_after(10**9, monkeypatch)
     capsys.readouterr()
     assert run(source, target) == 0
     assert f"going on after {recorded} of " in capsys.readouterr().err
     assert len(done) == len(tensors) - recorded
-    assert not working.exists()
-    if direction == "import":
-        assert run(target, tmp_path / "back") == 0
-        target = tmp_path / "back"
-    assert_equal_bytes(tensors_in(target), tensors)
+    assert not (folder / "target.converting").exists()
+    assert_converted(folder, target, direction, tensors)
+    return recorded
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_killed_conversion_goes_on_and_is_not_there_until_it_is_whole(tmp_path, direction, monkeypatch, capsys):
+    tensors, source, target = prepared(tmp_path, RELEASED, direction)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_export, "SYNC_ELEMENTS", 1000)
+        interrupt_after(40, patch)
+        with pytest.raises(Killed):
+            run(source, target)
+    assert 20 < assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys) < 40
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path, direction, monkeypatch, capsys):
+    tensors, source, target = prepared(tmp_path, RELEASED, direction)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        interrupt_after(40, patch, lambda _: signal.raise_signal(signal.SIGINT))
+        assert run(source, target) == 130
+    *caveats, line = capsys.readouterr().err.splitlines()
+    assert line == "stopped; the same command goes on from there"
+    assert len(caveats) == (direction == "export")
+    assert assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys) == 40
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, monkeypatch, capsys):
+    tensors, source, target = prepared(tmp_path, RELEASED, direction)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_export, "_copy_texts", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(source, target) == 130
+    recorded = assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys)
+    assert recorded == len(tensors)
 
 
 def oldest_of_weights(working):
@@ -160,11 +203,7 @@ def damage_the_journal(working):
 @pytest.mark.parametrize("damage", [lose_a_file, cut_a_file, lose_all_but_the_journal, damage_the_journal])
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_an_interrupted_conversion_that_lost_files_starts_over(tmp_path, direction, damage, monkeypatch, capsys):
-    tensors = released_models.weights(LLAMA)
-    source, target = released_models.write(tmp_path / "theirs", LLAMA, tensors), tmp_path / "target"
-    if direction == "export":
-        assert run(source, tmp_path / "run") == 0
-        source = tmp_path / "run"
+    tensors, source, target = prepared(tmp_path, LLAMA, direction)
     with monkeypatch.context() as patch:
         patch.setattr(import_export, "SYNC_ELEMENTS", 1000)
         interrupt_after(10, patch)
@@ -174,215 +213,20 @@ def test_an_interrupted_conversion_that_lost_files_starts_over(tmp_path, directi
     capsys.readouterr()
     assert run(source, target) == 0
     assert "going on" not in capsys.readouterr().err
-    if direction == "import":
-        assert run(target, tmp_path / "back") == 0
-        target = tmp_path / "back"
-    assert_equal_bytes(tensors_in(target), tensors)
+    assert_converted(tmp_path, target, direction, tensors)
 
 
 def test_what_is_left_of_another_conversion_is_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(import_export, "SYNC_ELEMENTS", 1000)
     for seed in (0, 1):
         released_models.write(tmp_path / f"theirs{seed}", LLAMA, released_models.weights(LLAMA, seed=seed))
-    real = import_export._copy_texts
-    monkeypatch.setattr(import_export, "_copy_texts", lambda *_: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        run(tmp_path / "theirs0", tmp_path / "run")
-    monkeypatch.setattr(import_export, "_copy_texts", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_export, "_copy_texts", lambda *_: kill(patch))
+        with pytest.raises(Killed):
+            run(tmp_path / "theirs0", tmp_path / "run")
     assert run(tmp_path / "theirs1", tmp_path / "run") == 0
     assert run(tmp_path / "run", tmp_path / "back") == 0
     assert_equal_bytes(tensors_in(tmp_path / "back"), released_models.weights(LLAMA, seed=1))
-
-
-def change_config(**changes):
-    def damage(folder):
-        fields = json.loads((folder / "config.json").read_text()) | changes
-        fields = {name: value for name, value in fields.items() if value != "delete"}
-        (folder / "config.json").write_text(json.dumps(fields))
-
-    return damage
-
-
-def change_tensors(change):
-    def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return damage
-
-
-def truncate(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-5])
-
-
-def pickle_only(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def index(**files):
-    def damage(folder):
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-
-    return damage
-
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def several(tensors):
-    tensors["extra.weight"] = np.zeros(3, np.float32)
-    tensors[Q] = np.zeros((3, 16), np.float32)
-    del tensors["lm_head.weight"]
-
-
-DAMAGES = {
-    "no folder": (lambda folder: folder.rename(folder.with_name("x")), ["no such folder"]),
-    "an empty folder": (
-        lambda folder: [path.unlink() for path in folder.iterdir()],
-        ["neither a run (checkpoints/) nor"],
-    ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json: missing"]),
-    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json: not JSON"]),
-    "another architecture": (change_config(model_type="gpt2"), ["model_type: 'gpt2' is no architecture of ours"]),
-    "fields of other types": (
-        change_config(model_type=["llama"]),
-        ["config.json: model_type: ['llama'] is no architecture of ours"],
-    ),
-    "rope of another type": (
-        change_config(rope_parameters="default"),
-        ["config.json: rope_parameters: 'default' is str; it should be a dict"],
-    ),
-    "fields missing": (
-        change_config(hidden_size="delete", vocab_size="many"),
-        ["config.json: vocab_size: 'many' is wrong; it should be a number", "config.json: hidden_size: missing"],
-    ),
-    "unsupported": (
-        change_config(attention_bias=True, quantization_config={"bits": 4}, rope_scaling={"rope_type": "yarn"}),
-        ["attention_bias: True", "quantization_config: {'bits': 4}", "rope_scaling: rope_type 'yarn'"],
-    ),
-    "impossible sizes": (change_config(num_key_value_heads=3), ["num_kv_heads: 3 does not divide num_heads=4"]),
-    "tensors": (
-        change_tensors(several),
-        [
-            "tensor extra.weight [3] is unexpected",
-            "tensor lm_head.weight is missing; it should be [48, 16]",
-            f"tensor {Q} is [3, 16]; it should be [32, 16]",
-        ],
-    ),
-    "wrong dtype": (
-        change_tensors(lambda tensors: tensors.update({Q: np.zeros((32, 16), np.int64)})),
-        [f"tensor {Q} is I64; weights are F32, BF16, F16"],
-    ),
-    "truncated": (truncate, ["it is truncated"]),
-    "pickle": (pickle_only, ["pytorch_model.bin is a pickle, which runs code when it is read"]),
-    "index leads out": (index(a="../../etc/passwd"), ["'../../etc/passwd' is no safetensors file of the folder"]),
-    "missing shard": (index(a="model-2.safetensors"), ["model-2.safetensors: missing"]),
-    "index not JSON": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
-        ["not an index; it should be a JSON object with a weight_map"],
-    ),
-    "large tokenizer": (
-        lambda folder: write_tokenizer(folder, 60),
-        ["the tokenizer has 60 tokens, more than the model's vocab_size=48"],
-    ),
-    "tokenizer not JSON": (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["not a tokenizer.json"]),
-    "tokenizer config not JSON": (
-        lambda folder: (folder / "tokenizer_config.json").write_text("["),
-        ["tokenizer_config.json: not JSON"],
-    ),
-    "config nested without end": (
-        lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        ["config.json: not JSON"],
-    ),
-    "header nested without end": (
-        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 90_000) + b"[" * 90_000),
-        ["model.safetensors: its header is not JSON"],
-    ),
-    "index nested without end": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
-        ["not an index; it should be a JSON object with a weight_map"],
-    ),
-    "names that write lines": (
-        change_tensors(lambda tensors: tensors.update({"a\nerror: \x1b[31m": np.zeros(3, np.float32)})),
-        [r"tensor 'a\nerror: \x1b[31m' has characters that cannot be printed"],
-    ),
-    "a pipe instead of a shard": (
-        lambda folder: [index(a="model-2.safetensors")(folder), os.mkfifo(folder / "model-2.safetensors")],
-        ["model-2.safetensors: not a file"],
-    ),
-    "text file leads out": (
-        lambda folder: (folder / "merges.txt").symlink_to(__file__),
-        ["merges.txt: a link to "],
-    ),
-    "template not text": (
-        lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff\xfe"),
-        ["chat_template.jinja: not UTF-8 text"],
-    ),
-    "eos is no token": (
-        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [2, 48]}'),
-        ["eos_token_id 48 is not in the vocabulary of 48"],
-    ),
-    "eos is no number": (
-        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
-        ["eos_token_id '</s>' is no token id"],
-    ),
-    "target cannot be made": (
-        lambda folder: (folder.parent / "run.converting").write_text(""),
-        ["run.converting: File exists"],
-    ),
-    "a run without checkpoint": (
-        lambda folder: (folder / "checkpoints").mkdir(),
-        ["there is no whole checkpoint in"],
-    ),
-    "target exists": (
-        lambda folder: (folder.parent / "run" / "x").mkdir(parents=True),
-        ["run: it exists already; name a new folder"],
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_or_hostile_has_its_line(tmp_path, damage, capsys):
-    folder = released_models.write(tmp_path / "theirs", LLAMA, released_models.weights(LLAMA))
-    change, messages = DAMAGES[damage]
-    change(folder)
-    assert run(folder, tmp_path / "run") == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(messages), lines
-    for line, message in zip(lines, messages, strict=True):
-        assert line.startswith("error: ")
-        assert message in line
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_differing_scales_of_sub_layers_are_refused_by_name(tmp_path, capsys):
-    fields = RELEASED | {"layernorm_mlp_alpha": 2.0, "attn_type_list": [0, 0, 1, 0, 7]}
-    folder = released_models.write(tmp_path / "theirs", fields, released_models.weights(RELEASED))
-    assert run(folder, tmp_path / "run") == 2
-    errors = capsys.readouterr().err
-    assert "attn_type_list: not 0 or 1 for each of 5 layers" in errors
-    assert "layernorm_mlp_alpha=2: they differ" in errors
-
-
-def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
-    released_models.write(tmp_path / "theirs", LLAMA, released_models.weights(LLAMA))
-    assert run(tmp_path / "theirs", tmp_path / "run") == 0
-    files = [path for path in (tmp_path / "run/checkpoints/0/arrays/d").iterdir() if path.is_file()]
-    large = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(large.read_bytes())
-    content[len(content) // 2] ^= 1
-    large.write_bytes(content)
-    step = tmp_path / "run/checkpoints/0"
-    manifest = json.loads((step / "MANIFEST.json").read_text())
-    small = manifest["files"][str(large.relative_to(step))]["crc32"] is not None
-    assert run(tmp_path / "run", tmp_path / "back") == 2
-    errors = capsys.readouterr().err
-    assert (
-        f"checkpoint 0 cannot be used: file {large.relative_to(step)} was altered" if small else "fingerprint"
-    ) in errors
-    assert not (tmp_path / "back").exists()
 
 
 def test_models_that_no_architecture_computes_are_not_exported(tmp_path, capsys):

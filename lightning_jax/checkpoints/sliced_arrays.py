@@ -77,12 +77,13 @@ class SlicedArrays:
 
     def flush(self) -> None:
         """Waits until all blocks are in the files. Raises CheckpointError where one cannot be written."""
-        pending, self._pending = self._pending, []
-        for path, future in pending:
+        while self._pending:
+            path, future = self._pending[0]
             try:
                 future.result()
             except (ValueError, OSError) as error:
                 raise self._unusable(path, "written", error) from None
+            del self._pending[0]  # only now: whoever is interrupted while waiting can wait again
 
     def chunk_shape(self, path: str) -> tuple[int, ...]:
         """The least that can be read of an array."""

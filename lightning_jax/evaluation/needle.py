@@ -3,8 +3,9 @@
 The haystack is running text of the corpus that comes with the package. Each trial has its own numbers and its own place
 in that text, all a function of the seed. Two scores:
   choice       the right number has a higher log-likelihood than every distractor (numbers that stand nowhere in the
-               prompt), by the training forward;
-  exact_match  greedy generation, from the state that generation keeps, gives the right number.
+               prompt); the text is computed once for all of them;
+  exact_match  greedy generation gives the right number.
+Both go on from the state that generation keeps.
 
 Source: the test of G. Kamradt (2023), as numbers to be retrieved in RULER (arXiv 2404.06654) section 3.
 """
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_jax.errors import UserError
-from lightning_jax.evaluation.scoring import Scorer, Span, encode_pair, start_ids
+from lightning_jax.evaluation.scoring import Scorer, encode_pair, start_ids
 from lightning_jax.generation import Sampling
 from lightning_jax.input_pipeline import Tokenizer, encode
 
@@ -166,14 +167,8 @@ def needle_in_a_haystack(scorer: Scorer, trials: Sequence[Trial]) -> dict[str, A
 
 def _choices(scorer: Scorer, trials: Sequence[Trial]) -> list[tuple[bool, float]]:
     """Whether the right number is the likeliest candidate, and its negative log-likelihood in nats."""
-    spans = [
-        Span(np.concatenate([trial.prompt, candidate]), len(trial.prompt))
-        for trial in trials
-        for candidate in trial.candidates
-    ]
-    log_likelihoods = iter([scores.log_likelihood for scores in scorer.score(spans)])
-    of_trials = [[next(log_likelihoods) for _ in trial.candidates] for trial in trials]
-    return [(right > max(wrong), -right) for right, *wrong in of_trials]
+    scores = scorer.score_continuations([trial.prompt for trial in trials], [trial.candidates for trial in trials])
+    return [(right > max(wrong), -right) for right, *wrong in scores]
 
 
 def _exact_matches(scorer: Scorer, trials: Sequence[Trial]) -> list[bool]:

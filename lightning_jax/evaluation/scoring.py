@@ -3,7 +3,7 @@
 A span is scored as if it were alone: segment ids keep packed spans apart in every layer, as they keep documents apart
 in training. Rows have few lengths, so that few shapes are compiled whatever the spans are.
 
-Shapes: B batch, T sequence, C chunk, N chunks, D model dim, V vocabulary.
+Shapes: B batch, T sequence, X prompts at one time, P tokens of a continuation, D model dim.
 """
 
 import dataclasses
@@ -19,14 +19,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lightning_jax import parallel
 from lightning_jax.errors import UserError
-from lightning_jax.generation import GenerationSettings, Generator, Sampling
+from lightning_jax.generation import GenerationSettings, Generator, Sampling, decoding
 from lightning_jax.generation.log_probs import map_logits, target_log_probs
+from lightning_jax.generation.prefill import prefill
 from lightning_jax.generation.sampling import likeliest
 from lightning_jax.input_pipeline import Tokenizer
 from lightning_jax.input_pipeline.packing import PackedRows, Pieces, best_fit_decreasing
 from lightning_jax.trained_model import TrainedModel, abstract_model
 
 SHORTEST_ROW, ROW_FACTOR = 256, 4  # rows are 256, 1024, 4096, ... tokens long, and as long as the context
+CONTINUATION_WIDTH = 16  # continuations are padded to a multiple of it
 
 
 Encode = Callable[[str], np.ndarray]  # a text's ids, without bos and eos
@@ -127,17 +129,45 @@ class Scorer:
                 scores[member] = TokenScores(*(column[end - len(span.ids) + span.first : end] for column in columns))
         return [scores[number] for number in range(len(spans))]
 
+    def score_continuations(
+        self, prompts: Sequence[np.ndarray], continuations: Sequence[Sequence[np.ndarray]]
+    ) -> list[list[float]]:
+        """The log-likelihood, in nats, of every given continuation of each prompt, which is computed only once.
+
+        Args:
+            prompts: ids, of one token at least.
+            continuations: ids of those of each prompt, the same number for all of them.
+        """
+        longest = max(len(each) for own in continuations for each in own)
+        width = -(-longest // CONTINUATION_WIDTH) * CONTINUATION_WIDTH
+        generator = self._generator([len(prompt) + width for prompt in prompts])
+        shards = parallel.batch_shards(self.model.mesh)
+        found: list[list[float]] = []
+        for first in range(0, len(prompts), shards):
+            group = prompts[first : first + shards]
+            state = prefill(generator, [*(prompt[:-1] for prompt in group), *[()] * (shards - len(group))])
+            columns = []
+            for own in zip(*continuations[first : first + shards], strict=True):
+                rows = continuation_rows(group, own, shards, width)
+                log_probs_XP = decoding.continuation_log_probs(generator.graphdef, generator.params, state, *rows)
+                columns.append(np.sum(np.asarray(log_probs_XP), axis=1, where=rows.targets >= 0, dtype=np.float64))
+            found.extend(np.stack(columns, axis=1)[: len(group)].tolist())
+        return found
+
     def continuations(self, prompts: Sequence[np.ndarray], samplings: Sequence[Sampling]) -> list[str]:
         """What is generated behind each prompt, with room for the longest in slots for the scorer's batch of tokens."""
-        model, shards = self.model, parallel.batch_shards(self.model.mesh)
-        needed = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings, strict=True)]
-        capacity = -(-max(needed) // 256) * 256
-        slots = min(max(self.batch_tokens // capacity, 1), len(prompts))
-        settings = GenerationSettings(slots=-(-slots // shards) * shards, capacity=capacity)
-        generator = Generator(model.config, model.params, settings, mesh=model.mesh, tokenizer=self.tokenizer)
-        completions = generator.generate([prompt.tolist() for prompt in prompts], samplings)
+        lengths = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings, strict=True)]
+        completions = self._generator(lengths).generate([prompt.tolist() for prompt in prompts], samplings)
         texts = {completion.prompt: completion.text or "" for completion in completions}
         return [texts[number] for number in range(len(prompts))]
+
+    def _generator(self, lengths: Sequence[int]) -> Generator:
+        """With room for sequences of these lengths."""
+        model, shards = self.model, parallel.batch_shards(self.model.mesh)
+        capacity = -(-max(lengths) // 256) * 256
+        slots = min(max(self.batch_tokens // capacity, 1), len(lengths))
+        settings = GenerationSettings(slots=-(-slots // shards) * shards, capacity=capacity)
+        return Generator(model.config, model.params, settings, mesh=model.mesh, tokenizer=self.tokenizer)
 
     def _row_length(self, inputs: int) -> int:
         length = SHORTEST_ROW
@@ -158,6 +188,27 @@ class Scorer:
             batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in taken.items()}
             log_probs_BT, likeliest_BT = self._score(self.model.params, jax.device_put(batch, sharding))
             yield np.asarray(log_probs_BT)[batch["loss_mask"]], np.asarray(likeliest_BT)[batch["loss_mask"]]
+
+
+class ContinuationRows(NamedTuple):
+    """What follows a state of all tokens of a prompt but its last, int32 [X, P]."""
+
+    inputs: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray  # -1 behind the continuation
+
+
+def continuation_rows(
+    prompts: Sequence[np.ndarray], continuations: Sequence[np.ndarray], rows: int, width: int
+) -> ContinuationRows:
+    """A row for each prompt and its continuation, and empty ones up to so many."""
+    inputs, targets = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+    positions = np.tile(np.arange(width, dtype=np.int32), (rows, 1))
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        inputs[row, : len(continuation)] = [prompt[-1], *continuation[:-1]]
+        targets[row, : len(continuation)] = continuation
+        positions[row] += len(prompt) - 1
+    return ContinuationRows(inputs, positions, targets)
 
 
 class PackedSpans(PackedRows):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from lightning_jax.generation.log_probs import map_logits, target_log_probs
 from lightning_jax.generation.sampling import Needs, RowSettings, choose
 from lightning_jax.models import HybridLM
 from lightning_jax.models.hybrid import State
@@ -66,6 +67,25 @@ def prefill(
 ) -> State:
     """The state after one more piece of each prompt; no logits are computed."""
     return nnx.merge(graphdef, params).advance(tokens_XP, positions_XP, state)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def continuation_log_probs(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: State,
+    tokens_XP: jax.Array,
+    positions_XP: jax.Array,
+    targets_XP: jax.Array,
+) -> jax.Array:
+    """The log-probability [X, P] of each target behind its token and the state, which stays as it is, in nats.
+
+    Of a target of -1 it means nothing.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden_XPD, _ = model.advance(tokens_XP, positions_XP, state)
+    log_probs_XP = map_logits(model, hidden_XPD, targets_XP, target_log_probs)
+    return model.operators.constrain(log_probs_XP, (None, None))  # whole on every device, for every process
 
 
 @jax.jit
@@ -133,6 +153,8 @@ def decode(
     """
     rows = rows._replace(reason_B=jnp.where(wanted_B, rows.reason_B, STOPPED))
     model = nnx.merge(graphdef, params)
+    # On a CPU a scan copies each layer's weights before it multiplies by them, which takes longer than the product.
+    separate_layers = model.separate_layers() if jax.default_backend() == "cpu" else None
 
     def running(rows: Rows) -> jax.Array:
         return jnp.sum(rows.reason_B == RUNNING)
@@ -148,7 +170,7 @@ def decode(
         step, state, rows, tokens_BN, log_probs_BN = carry
         was_running_B = rows.reason_B == RUNNING
         positions_B1 = jnp.where(was_running_B, rows.position_B, -1)[:, None]
-        hidden_B1D, state = model.advance(rows.token_B[:, None], positions_B1, state)
+        hidden_B1D, state = model.advance(rows.token_B[:, None], positions_B1, state, separate_layers=separate_layers)
         rows, token_B, log_prob_B = append(rows, model.logits(hidden_B1D[:, 0]), needs)
         tokens_BN = tokens_BN.at[:, step].set(jnp.where(was_running_B, token_B, -1))
         log_probs_BN = log_probs_BN.at[:, step].set(jnp.where(was_running_B, log_prob_B, 0))

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from lightning_jax import parallel
 from lightning_jax.errors import UserError
 from lightning_jax.generation.completion import Completion, OnText
+from lightning_jax.generation.prefill import PIECES
 from lightning_jax.generation.sampling import Sampling, check
-from lightning_jax.generation.slots import PIECES, Prompt, Slots
+from lightning_jax.generation.slots import Prompt, Slots
 from lightning_jax.generation.speed import Speed
 from lightning_jax.input_pipeline import Tokenizer
 from lightning_jax.models import HybridLM, ModelConfig

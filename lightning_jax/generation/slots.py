@@ -2,12 +2,12 @@
 
 All tokens of a prompt but its last are prefilled in pieces of few sizes into a state of its own, which is then copied
 into the slot of each of its samples; the slots go on from there, token by token, beginning with the prompt's last. So
-all sampling happens in one place, and what is compiled does not depend on the prompts: `len(PIECES)` sizes of pieces,
-empty states, the copy into a slot and the decoding loop.
+all sampling happens in one place, and what is compiled does not depend on the prompts: few sizes of
+pieces, empty states, the copy into a slot and the decoding loop.
 
 Source: Orca (OSDI 2022) section 3.2.
 
-Shapes: B slots, X parts that the rows are split into over devices, T tokens of the longest prompt, N steps of a call.
+Shapes: B slots, X parts that the rows are split into over devices, N steps of a call.
 """
 
 import collections
@@ -21,13 +21,13 @@ import numpy as np
 from lightning_jax import parallel
 from lightning_jax.generation import decoding
 from lightning_jax.generation.completion import Completion, FinishReason, GrowingCompletion, OnText
+from lightning_jax.generation.prefill import prefill
 from lightning_jax.generation.sampling import Needs, RowSettings, Sampling, stop_ids_width
 from lightning_jax.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lightning_jax.generation.generator import Generator
 
-PIECES = (1, 4, 16)  # pieces of a prompt are prefill_tokens over these
 FINISH_REASONS: dict[int, FinishReason] = {
     decoding.STOPPED: "stop",
     decoding.FULL: "length",
@@ -63,10 +63,10 @@ class Slots:
         self.prefilled: list[Prompt | None] = [None] * self.shards
         self.prompts_wait = True
 
-        self.state = self._initial_state(self.settings.slots)
+        graphdef, params, slots = generator.graphdef, generator.params, self.settings.slots
+        self.state = decoding.initial_state(graphdef, params, slots, self.settings.capacity)
         self.prefilled_state: decoding.State | None = None
-        empty = self._rows([None] * self.settings.slots)
-        self.rows = decoding.split_rows(generator.graphdef, generator.params, empty)
+        self.rows = decoding.split_rows(graphdef, params, self._rows([None] * slots))
 
     def completions(self) -> Iterator[Completion]:
         """Each completion as soon as it is finished."""
@@ -75,10 +75,6 @@ class Slots:
             if not any(self.sequences):
                 return
             yield from self._decode()
-
-    def _initial_state(self, rows: int) -> decoding.State:
-        generator = self.generator
-        return decoding.initial_state(generator.graphdef, generator.params, rows, self.settings.capacity)
 
     # Prompts into slots.
 
@@ -113,32 +109,13 @@ class Slots:
         """The states of the prompts drawn, up to their last tokens."""
         generator = self.generator
         with generator.speed.timed("prefill") as count:
-            state = self._initial_state(self.shards)
-            for tokens_XP, positions_XP in self._pieces(drawn):
-                state = decoding.prefill(generator.graphdef, generator.params, state, tokens_XP, positions_XP)
+            state = prefill(generator, [prompt.ids[:-1] if prompt else () for prompt in drawn])
             if any(self.prefilled):
                 take_X = np.array([prompt is not None for prompt in drawn])
                 state = decoding.select_rows(take_X, state, self.prefilled_state)
             self.prefilled_state = jax.block_until_ready(state)
             count(sum(len(prompt.ids) - 1 for prompt in drawn if prompt))
         self.prefilled = [new or old for new, old in zip(drawn, self.prefilled, strict=True)]
-
-    def _pieces(self, drawn: list[Prompt | None]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tokens and positions of the prompts without their last tokens, aligned at the right, in pieces."""
-        lengths = [len(prompt.ids) - 1 if prompt else 0 for prompt in drawn]
-        sizes = [self.settings.prefill_tokens // part for part in PIECES]
-        total = -(-max(lengths) // sizes[-1]) * sizes[-1]
-        tokens_XT = np.zeros((self.shards, total), np.int32)
-        positions_XT = np.full((self.shards, total), -1, np.int32)
-        for row, (prompt, length) in enumerate(zip(drawn, lengths, strict=True)):
-            if length:
-                tokens_XT[row, -length:] = prompt.ids[:-1]
-                positions_XT[row, -length:] = np.arange(length)
-        start = 0
-        while start < total:
-            size = next(size for size in sizes if size <= total - start)
-            yield tokens_XT[:, start : start + size], positions_XT[:, start : start + size]
-            start += size
 
     def _insert(self, slots: list[int | None]) -> None:
         """The next sample of each part's prompt into the part's slot, where there is one."""

@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 
 from lightning_jax.models.config import LayerKind, ModelConfig
-from lightning_jax.models.hybrid import HybridLM, runs
+from lightning_jax.models.hybrid import HybridLM
+from lightning_jax.models.layer_stack import runs
 
 
 class Entry(NamedTuple):

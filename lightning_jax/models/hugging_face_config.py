@@ -276,8 +276,10 @@ def write_config(
     written["attn_type_list" if family == "released" else "layer_types"] = [kinds[k] for k in config.layer_kinds()]
     for scale, value in (("alpha", config.residual_alpha), ("beta", config.residual_beta)):
         written |= dict.fromkeys(_residual_names(family, scale, {"lightning", "softmax"}), value)
+    # transformers has no other placement and ignores the field; vLLM reads both files with the same code.
+    written["postnorm"] = config.norm_placement == "post"
     if family == "released":
-        written |= {"postnorm": config.norm_placement == "post", "shared_intermediate_size": 0}
+        written["shared_intermediate_size"] = 0
     return written
 
 
@@ -326,18 +328,20 @@ def caveats(config: ModelConfig, family: Architecture) -> list[str]:
     found = []
     if family == "released":
         found.append(
-            "transformers reads this config.json only with the code that was released with the model: put its *.py "
-            "files beside it and trust_remote_code, or export with --names=transformers"
+            "transformers and vLLM read this config.json only with the code that was released with the model: put its "
+            "*.py files beside it and trust_remote_code, or export with --names=transformers"
         )
     if family == "transformers" and "softmax" in config.layer_kinds() and config.rotary_dim != config.head_dim:
         found.append(
             f"transformers (5.23 and before) rotates whole heads and ignores rotary_dim={config.rotary_dim}: "
             "its logits will differ; vLLM reads it"
         )
+    if family != "llama" and config.tie_embeddings:
+        found.append("vLLM does not tie a MiniMax model's embeddings: it will miss lm_head.weight")
     power = config.num_heads & (config.num_heads - 1) == 0
     if family == "transformers" and "lightning" in config.layer_kinds() and not power:
         found.append(
             f"transformers (5.23 and before) has other decays for num_heads={config.num_heads}, which is no power of "
-            "two: its logits will differ"
+            "two: its logits will differ; vLLM has these"
         )
     return found

@@ -66,7 +66,11 @@ class LayerState(NamedTuple):
 
     def write(self, own: Any) -> Self:
         """With other arrays for the layer."""
-        return self._replace(arrays=jax.tree.map(lambda array, own: array.at[self.layer].set(own), self.arrays, own))
+
+        def put(array: jax.Array, own: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(array, own, self.layer, 0)
+
+        return self._replace(arrays=jax.tree.map(put, self.arrays, own))
 
 
 class LightningAttention(nnx.Module):

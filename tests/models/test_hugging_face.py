@@ -24,7 +24,7 @@ from lightning_jax.generation import GenerationSettings, Generator, Sampling
 from lightning_jax.model_folders import HuggingFaceFolder
 from lightning_jax.models import HybridLM, hugging_face, rope
 from lightning_jax.models.hugging_face_config import HuggingFaceError, read_config, write_config
-from lightning_jax.models.hybrid import runs
+from lightning_jax.models.layer_stack import runs
 from lightning_jax.models.mixers import MIXERS, Tokens
 from lightning_jax.trained_model import TrainedModel, load_model
 
@@ -212,6 +212,7 @@ def test_a_config_comes_back_as_it_was_written(names, alpha):
     written = write_config(config, names, {}, dtype="float32", context_length=100)
     assert read_config(json.loads(json.dumps(written)), "float32") == config
     assert written["max_position_embeddings"] == 100
+    assert written["postnorm"] is True  # without it vLLM adds the residual before the norm
 
 
 @pytest.mark.parametrize("names", [None, "released"])

@@ -10,7 +10,7 @@ from flax import nnx
 from test_config import LLAMA, MINIMAX
 
 from lightning_jax.models import HybridLM, Operators
-from lightning_jax.models.hybrid import Run, runs
+from lightning_jax.models.layer_stack import Run, runs
 from lightning_jax.objectives import NextToken
 
 TINY = dataclasses.replace(
