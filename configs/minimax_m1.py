@@ -38,7 +38,7 @@ corpora, "text" and "code" at 7:3, come with every Python installation.
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
@@ -50,7 +50,7 @@ LONG = ("long_32k_128k", "long_over_128k")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, ("paper",), _config)
+    return selection.select(arg, SIZES, ("paper",), _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:

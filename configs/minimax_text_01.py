@@ -40,7 +40,7 @@ model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with eve
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop", "1b", "8b", "456b")  # from the smallest up
@@ -61,7 +61,7 @@ LONG = ("long_32k_128k", "long_over_128k", "long_qa")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, RECIPES, _config)
+    return selection.select(arg, SIZES, RECIPES, _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
@@ -176,7 +176,7 @@ def _post_training() -> dict[str, ConfigDict]:
             batch_size=batch_size(rows * row, micro_batch_tokens=row),
             optimizer=optimizer,
             schedule=schedule,
-            preference={"loss": "dpo", "beta": 0.1} if chats == 2 else None,
+            preference={"loss": "dpo", "beta": 0.1, "reference": "cached"} if chats == 2 else None,
         )
     return stages
 

@@ -13,20 +13,21 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lightning_jax.checkpoints import Checkpoints, newest_manifest, restore_newest, run_lock
-from lightning_jax.checkpoints.state_tree import named_leaves, rebuild
+from lightning_jax.checkpoints import Checkpoints, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
-from lightning_jax.input_pipeline import GlobalBatches, PreparedCorpus, cache_folder
+from lightning_jax.init_from import begin_with, freeze_base
+from lightning_jax.input_pipeline import GlobalBatches, cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
+from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.programs import Programs
-from lightning_jax.reference import with_reference
+from lightning_jax.references import Place, Reference, reference_of
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
 from lightning_jax.stages import Stage, plan_stages
@@ -109,7 +110,7 @@ class Trainer:
         """Restores or begins, and opens everything that the stages share."""
         said_before = len(self._early)
         checkpoints = stack.enter_context(
-            Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=self._say_of_checkpoints)
+            Checkpoints(self.folder / CHECKPOINTS, self.config.checkpoints, say=self._say_of_checkpoints)
         )
         state, saved = self._restore_or_create(checkpoints)
         said_of_checkpoints = self._early[said_before:]
@@ -161,29 +162,18 @@ class Trainer:
     def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on with, and the metadata it was saved with, if this run had saved it."""
         if restored := checkpoints.restore(self.programs.abstract_state):
+            if self.config.lora:
+                freeze_base(self.folder, self.config, self.programs, self._say)
             current = json.loads(self.config.to_json())
             self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
             self._say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
         state = self.programs.first_state()
-        return state if self.init_from is None else self._begin_with(self.init_from, state), None
-
-    def _begin_with(self, run: pathlib.Path, state: TrainState) -> TrainState:
-        """The state with the parameters of another run; a reward model may begin as a language model."""
-        params = self.programs.abstract_state.params
-        manifest = newest_manifest(run / "checkpoints")
-        backbone = manifest and "backbone" in params and not any("backbone/" in path for path in manifest.leaves)
-        restored = restore_newest(
-            run / "checkpoints", {"params": params["backbone"] if backbone else params}, say=self._say, partial=True
-        )
-        if restored is None:
-            raise ConfigError([f"--init_from={run}: there is no checkpoint in this folder"])
-        self._say(f"parameters from step {restored.step} of {run}")
-        params = restored.state["params"]
-        if backbone:
-            leaves = {f"backbone/{path}": leaf for path, leaf in named_leaves(params).items()}
-            params = rebuild(state.params, named_leaves(state.params) | leaves)
-        return state._replace(params=params)
+        if self.init_from is not None:
+            return begin_with(self.init_from, state, self.folder, self.config, self.programs, self._say), None
+        if self.config.lora:
+            raise ConfigError(["config.lora: adapters belong to a model; name the folder of its run by --init_from"])
+        return state, None
 
     def _accept(self, changes: Iterable[str]) -> None:
         """Refuses to go on with another config or other data than those of the checkpoint, unless told to."""
@@ -197,9 +187,9 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
-        corpora = self._corpora(stage, state)
-        batches = global_batches(self.stages, stage, corpora, seed=self.config.seed, host=self.programs.host)
-        validate = Validation(stage, corpora, self.programs, self.config.metrics.evaluation_batches)
+        reference = self._reference(stage, state)
+        batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
+        validate = Validation(stage, reference, self.programs, self.config.metrics.evaluation_batches)
         first_step = int(state.step)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
         passes = ", ".join(f"{name} {passes:.2f}" for name, passes in batches.epochs(len(batches)).items())
@@ -212,12 +202,12 @@ class Trainer:
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
                 self._step = step + 1
-                batch = self.programs.on_devices(next(iterator))
+                batch = reference.add(self.programs.on_devices(next(iterator)))
                 compiling = rows not in train_steps
                 if compiling:
                     train_steps[rows] = self.programs.train_step(stage, rows)
                 with self.timer.pause() if compiling else contextlib.nullcontext():
-                    state, metrics = train_steps[rows](state, batch)
+                    state, metrics = train_steps[rows](state, batch, *self.programs.frozen)
                 if unreported:  # only now, so that the devices have this step to work on while the host reads that one
                     self._report(stage, batches, *unreported)
                 unreported = step + 1, metrics
@@ -232,7 +222,7 @@ class Trainer:
                 unreported = None
                 with self.timer.pause():
                     if evaluating:
-                        measures = validate(state.params)
+                        measures = validate(self.programs.weights(state.params))
                         self.writer.write(step + 1, measures | {"stage": stage.name})
                         self._say(f"step {step + 1:,}: {describe_measures(measures)}")
                     if ends:
@@ -243,23 +233,14 @@ class Trainer:
                     break
         return state
 
-    def _corpora(self, stage: Stage, state: TrainState) -> Mapping[str, PreparedCorpus]:
-        """The corpora of a stage; those of preference tuning with what the reference says of them."""
+    def _reference(self, stage: Stage, state: TrainState) -> Reference:
         corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
-        if stage.config.objective != "preference":
-            return corpora
-        begins = int(state.step) == stage.first_step
-        corpora, key = with_reference(
-            stage,
-            corpora,
-            params=state.params,
-            saved_key=None if begins else self._metadata["references"][stage.name],
-            programs=self.programs,
-            folder=self.folder,
-            say=self._say,
-        )
-        self._metadata["references"] |= {stage.name: key}
-        return corpora
+        if stage.config.preference is None:
+            return Reference(corpora)
+        saved_key = None if int(state.step) == stage.first_step else self._metadata["references"][stage.name]
+        reference = reference_of(state, corpora, Place(stage, self.programs, saved_key, self.folder, self._say))
+        self._metadata["references"] |= {stage.name: reference.key}
+        return reference
 
     def _report(self, stage: Stage, batches: GlobalBatches, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
@@ -300,7 +281,7 @@ class Trainer:
             )
 
     def _write_samples(self, stage: Stage, state: TrainState) -> None:
-        for prompt, text in samples(self.config, stage, self.data, state.params, self.programs):
+        for prompt, text in samples(self.config, stage, self.data, self.programs.merged(state.params), self.programs):
             self.writer.sample(int(state.step), stage=stage.name, prompt=prompt, text=text)
             self._say(f"sample: {prompt!r} -> {text!r}")
 

@@ -10,9 +10,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from lightning_jax import recipes
-from lightning_jax.config import ConfigError, load_config
+from lightning_jax import selection
+from lightning_jax.config import ConfigError
+from lightning_jax.config_reader import load_config
 from lightning_jax.optimizers import learning_rate
 from lightning_jax.stages import plan_stages, with_lengths
 
@@ -46,7 +48,7 @@ RECIPES = {
     "minimax_text_01": ("paper", "seed"),
     "tinyllama": ("v1.0", "v1.1", "v1.1_math_code", "v1.1_chinese"),
     "smollm2": ("paper", "seed"),
-    "tulu3": ("paper",),
+    "tulu3": ("paper", "lora"),
 }
 NAMES = [f"{size},{recipe}" for size in PARAMETERS for recipe in RECIPES[size.partition(":")[0]]]
 SYSTEMS = list(RECIPES)
@@ -223,7 +225,7 @@ def test_tulu_3_as_published():
         assert (second.batch_sizes.num_steps, second.batch_sizes.rows(0)) == (128_000 // pairs, pairs)
         rate = learning_rate(second.config.schedule, second.batch_sizes.num_steps)
         assert float(rate(128_000 // pairs // 10)) == pytest.approx(dpo)
-        assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0)
+        assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0, "cached")
         assert {s.optimizer.weight_decay for s in config.stages.values()} == {0.0}
         assert {s.optimizer.clip_norm for s in config.stages.values()} == {0.0}
     reward = load("tulu3:8b").stages["reward_model"]
@@ -333,5 +335,5 @@ def test_a_machine_without_accelerator_takes_the_laptop_size(system):
 
 def test_training_state_of_456b_is_sixteen_bytes_a_parameter():
     config = load("minimax_m1:456b")
-    raw = recipes.ConfigDict(dataclasses.asdict(config))
-    assert recipes.training_bytes(raw) == 16 * 456_089_655_296
+    raw = ConfigDict(dataclasses.asdict(config))
+    assert selection.training_bytes(raw) == 16 * 456_089_655_296
