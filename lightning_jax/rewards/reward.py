@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+from lightning_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -63,3 +65,14 @@ class RewardFunction(Protocol):
     """Scores a batch, in its order. A mistake of the user (a record without `ground_truth`) raises UserError."""
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]: ...
+
+
+def required(completion: Completion, name: str) -> Any:
+    """A field of a completion's record.
+
+    Raises:
+        UserError: it has none of that name.
+    """
+    if name not in completion.record:
+        raise UserError(f"a record without {name}, which its reward reads; it has {', '.join(completion.record)}")
+    return completion.record[name]
