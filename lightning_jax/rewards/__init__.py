@@ -2,6 +2,7 @@
 
 from lightning_jax.rewards.code import CodeReward
 from lightning_jax.rewards.combining import ByDataset, WeightedSum
+from lightning_jax.rewards.ifeval import IFEvalReward
 from lightning_jax.rewards.math_answers import MathReward, gsm8k_reward
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
 from lightning_jax.rewards.sandbox import Execution, FunctionTests, Limits, Program, Sandbox
@@ -12,6 +13,7 @@ __all__ = [
     "Completion",
     "Execution",
     "FunctionTests",
+    "IFEvalReward",
     "Limits",
     "MathReward",
     "Program",
