@@ -39,8 +39,8 @@ def make_kakurasu(rng: random.Random, size: int):
     )
     question = (
         "Mark cells so that the sums are right: a marked cell counts its column's number (1 for the first) in "
-        "its row, and "
-        f"its row's number in its column. Sums of the rows: {sums[:size]}; of the columns: {sums[size:]}.\n\n"
+        f"its row, and its row's number in its column. Sums of the rows: {sums[:size]}; of the columns: "
+        f"{sums[size:]}.\n\n"
         f"{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"sums": sums, "given": hide(truth, given), "size": size}, show_marks(truth, size)
@@ -75,8 +75,7 @@ def make_nonogram(rng: random.Random, size: int):
     )
     question = (
         "Solve this nonogram: the numbers of a line are the lengths of its blocks of marked cells, in order, "
-        "with at least "
-        f"one other cell between blocks. Rows: {runs[:size]}; columns: "
+        f"with at least one other cell between blocks. Rows: {runs[:size]}; columns: "
         f"{runs[size:]}.\n\n{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"runs": runs, "given": hide(truth, given), "size": size}, show_marks(truth, size)
@@ -108,8 +107,7 @@ def make_binairo(rng: random.Random, size: int, clues: int):
     given = reveal_until_unique(truth, start, lambda g: solutions(fixed(domains, truth, g), check=check), rng)
     question = (
         f"Fill this grid so that each row and each column has {size // 2} marked cells, and never three marked or "
-        "three "
-        f"other cells in a row.\n\n{show_marks(hide(truth, given), size)}"
+        f"three other cells in a row.\n\n{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"given": hide(truth, given), "size": size}, show_marks(truth, size)
 

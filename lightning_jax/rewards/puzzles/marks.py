@@ -45,8 +45,7 @@ def make_minesweeper(rng: random.Random, size: int, mines: int):
     numbers = [counts[cell] if cell in shown else None for cell in cells]
     question = (
         "In this minefield a number tells how many of the up to eight cells around it have a mine; a cell with a "
-        "number "
-        f"has none. There are {mines} mines. Mark them.\n\n{show(numbers, size)}"
+        f"number has none. There are {mines} mines. Mark them.\n\n{show(numbers, size)}"
     )
     return question, MARKED_GRID, {"numbers": numbers, "mines": mines, "size": size}, show_marks(truth, size)
 
@@ -106,9 +105,8 @@ def make_campsite(rng: random.Random, size: int, tents: int):
     shown = ["T" if cell in trees else ".X"[truth[cell]] if cell in given else None for cell in cells]
     question = (
         "Put up tents (X) on this campsite. Each tree (T) has a tent of its own, beside it in its row or column; "
-        "tents do "
-        f"not touch, not even diagonally. Tents in each row: {totals[:size]}; in each column: {totals[size:]}. "
-        "Trees are "
+        f"tents do not touch, not even diagonally. Tents in each row: {totals[:size]}; in each column: "
+        f"{totals[size:]}. Trees are "
         f"not marked in the answer. ? is not known yet.\n\n{show(shown, size, empty='?')}"
     )
     data = {"trees": sorted(trees), "totals": totals, "given": hide(truth, given), "size": size}
@@ -151,8 +149,7 @@ def make_star_placement(rng: random.Random, size: int):
     )
     question = (
         "Place stars so that each row, each column and each region (cells of one letter) has exactly one, and no "
-        "two touch, "
-        f"not even diagonally.\n\n{show([chr(65 + each) for each in region if each is not None], size)}\n\n"
+        f"two touch, not even diagonally.\n\n{show([chr(65 + each) for each in region if each is not None], size)}\n\n"
         f"Known cells:\n{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"region": region, "given": hide(truth, given), "size": size}, show_marks(truth, size)
@@ -182,8 +179,7 @@ def make_lights_out(rng: random.Random, size: int, presses: int):
     lights = _pressed([0] * size**2, truth, size)
     question = (
         "Pressing a lamp switches it and those beside it in its row and column. Mark the lamps to press so that "
-        "all are "
-        f"off. Lamps that are on are X:\n\n{show_marks(lights, size)}"
+        f"all are off. Lamps that are on are X:\n\n{show_marks(lights, size)}"
     )
     return question, MARKED_GRID, {"lights": lights, "size": size}, show_marks(truth, size)
 
@@ -204,8 +200,8 @@ def make_queens(rng: random.Random, size: int, given: int):
     placed = {row * size + columns[row] for row in rng.sample(range(size), given)}
     question = (
         f"Place queens so that each row and each column of this {size} x {size} board has exactly one, and no two "
-        "are on "
-        f"one diagonal. Those marked stay.\n\n{show_marks([int(cell in placed) for cell in range(size**2)], size)}"
+        "are on one diagonal. Those marked "
+        f"stay.\n\n{show_marks([int(cell in placed) for cell in range(size**2)], size)}"
     )
     return question, MARKED_GRID, {"placed": sorted(placed), "size": size}, show_marks(truth, size)
 

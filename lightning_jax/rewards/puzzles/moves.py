@@ -101,8 +101,7 @@ def make_hanoi(rng: random.Random, disks: int):
     listed = "; ".join(f"{name}: {' '.join(map(str, peg)) or 'none'}" for name, peg in zip("ABC", start, strict=True))
     question = (
         f"Disks lie on three pegs, from the bottom: {listed}. Move one disk at a time from the top of a peg to "
-        "another, never "
-        f"onto a smaller one (a smaller number), until all are on C, in at most {len(way)} moves."
+        f"another, never onto a smaller one (a smaller number), until all are on C, in at most {len(way)} moves."
     )
     return question, "the moves such as AC AB, from peg and to peg", {"pegs": start, "most": len(way)}, " ".join(way)
 
@@ -139,8 +138,8 @@ def make_water_jugs(rng: random.Random, jugs: int, steps: int):
             break
     question = (
         f"You have empty jugs of {', '.join(map(str, sizes))} litres, numbered from 1, and a tap. Measure exactly "
-        f"{target} litres in the last one, in at most {len(way) + 2} moves: fillN, emptyN, and pourNM from jug N to jug "
-        "M until one is empty or full."
+        f"{target} litres in the last one, in at most {len(way) + 2} moves: fillN, emptyN, and pourNM from jug N to "
+        "jug M until one is empty or full."
     )
     data = {"sizes": sizes, "target": target, "most": len(way) + 2}
     return question, "the moves, separated by spaces", data, " ".join(way)
@@ -176,8 +175,7 @@ def make_sliding(rng: random.Random, width: int, height: int, steps: int):
         solution.append(name)
     question = (
         "Slide tiles into the empty place (0), one beside it at a time, until the numbers are in order and the "
-        "empty place "
-        f"is last. At most {2 * steps} moves.\n\n{show(tiles, width)}"
+        f"empty place is last. At most {2 * steps} moves.\n\n{show(tiles, width)}"
     )
     data = {"tiles": tiles, "width": width, "height": height, "most": 2 * steps}
     return question, "the numbers of the tiles in the order of their moves", data, " ".join(reversed(solution))

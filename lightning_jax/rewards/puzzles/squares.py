@@ -48,8 +48,7 @@ def make_sudoku(rng: random.Random, height: int, width: int, clues: int):
     given = hide(truth, reveal_until_unique(truth, start, lambda g: solutions(fixed(domains, truth, g), groups), rng))
     question = (
         f"Solve this sudoku: each row, each column and each box of {height} rows and {width} columns has the "
-        "numbers 1 to "
-        f"{size} once.\n\n{show(given, size)}"
+        f"numbers 1 to {size} once.\n\n{show(given, size)}"
     )
     return question, FORM, {"given": given, "box": [height, width]}, show(truth, size)
 
@@ -192,8 +191,7 @@ def make_calcudoku(rng: random.Random, size: int):
     cages_text = "\n".join(f"{chr(65 + i)}: {result} by {operation}" for i, (operation, result, _) in enumerate(cages))
     question = (
         f"Solve this calcudoku: each row and each column has the numbers 1 to {size} once, and the numbers of "
-        "each cage "
-        f"(cells of one letter) give its result by its operation (- and /: the larger one first).\n\n"
+        "each cage (cells of one letter) give its result by its operation (- and /: the larger one first).\n\n"
         f"{show(names, size)}\n\n{cages_text}\n\nKnown numbers:\n{show(given, size)}"
     )
     return question, FORM, {"given": given, "cages": cages, "size": size}, show(truth, size)
