@@ -7,11 +7,7 @@ alone cannot stop a loop or a text that doubles.
 Shapes of the chats and what templates may call are those of transformers' `apply_chat_template`.
 """
 
-import json
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,6 +16,7 @@ import numpy as np
 
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline.tokenizers import Tokenizer, encode
+from lightning_jax.json_process import JSONProcess, ProcessEnded, ProcessTimeout
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and whatever else the template reads
 
@@ -54,20 +51,13 @@ class ChatTemplate:
     ):
         self.template = template
         self._variables = {"tools": None, "documents": None, **(special_tokens or {}), **(variables or {})}
-        self._process = subprocess.Popen(
-            # -P: this folder's modules must not stand in for the standard library's.
-            [sys.executable, "-P", str(PROCESS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        self._process = JSONProcess(PROCESS)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._process.close()
 
     def render(
         self, chats: Sequence[Sequence[Message]], *, add_generation_prompt: bool, continue_final_message: bool = False
@@ -110,37 +100,14 @@ class ChatTemplate:
             "variables": [{**self._variables, **each} for each in variables],
             "generation_marks": generation_marks,
         }
-        answer = self._answer(request, len(chats))
-        return answer["texts"], answer["problems"]
-
-    def _answer(self, request: Mapping[str, Any], num_chats: int) -> dict[str, Any]:
-        process, limit = self._process, SECONDS + SECONDS_PER_CHAT * num_chats
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        ended = threading.Event()
-
-        def end() -> None:
-            ended.set()
-            process.kill()
-
-        timer = threading.Timer(limit, end)
-        timer.start()
+        limit = SECONDS + SECONDS_PER_CHAT * len(chats)
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        finally:
-            timer.cancel()
-        if ended.is_set():
-            raise ChatTemplateError(f"chat template: not done after {limit:.0f} s; does it loop?")
-        if not line.endswith(b"\n"):
-            errors = process.stderr.read().decode(errors="replace").strip().splitlines()
-            reason = errors[-1] if errors else f"exit code {process.wait()}"
-            raise ChatTemplateError(f"chat template: its process ended: {reason}")
-        return json.loads(line)
+            answer = self._process.ask(request, limit)
+        except ProcessTimeout:
+            raise ChatTemplateError(f"chat template: not done after {limit:.0f} s; does it loop?") from None
+        except ProcessEnded as ended:
+            raise ChatTemplateError(f"chat template: its process ended: {ended}") from None
+        return answer["texts"], answer["problems"]
 
 
 def _until_continued(text: str) -> str:

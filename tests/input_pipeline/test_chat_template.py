@@ -77,8 +77,8 @@ def test_one_process_renders_many_chats_and_survives_an_error():
 
 def test_a_process_that_ended_says_why():
     with ChatTemplate("{{ messages }}") as template:
-        template._process.kill()
-        template._process.wait()
+        template._process._process.kill()
+        template._process._process.wait()
         with pytest.raises(ChatTemplateError, match="its process ended: exit code -9"):
             template.render([QUESTION], add_generation_prompt=True)
 
