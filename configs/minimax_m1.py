@@ -39,11 +39,15 @@ corpora, "text" and "code" at 7:3, come with every Python installation.
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes
+from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
+from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
 
 SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
 M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
+RL_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.0)  # section 3.2; weight decay and clipping undisclosed
+LAPTOP_RL_STEPS = 96  # eight to a generation
 
 PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
 LONG = ("long_32k_128k", "long_over_128k")
@@ -118,6 +122,30 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             batch_size=batch_size(batch),
             optimizer=M1_ADAMW,
             schedule=cosine(1e-3, 1e-4),
+        ),
+        "rl": stage(
+            tokens=LAPTOP_RL_STEPS * 32 * 96,
+            context_length=96,
+            rope_theta=5e4,
+            mixture={"arithmetic": 1.0},
+            packing="one_per_row",
+            batch_size=batch_size(32 * 96),
+            optimizer=RL_ADAMW,
+            schedule=constant(1e-4),
+            reinforcement=reinforcement(
+                algorithms.cispo(),
+                advantages=group_relative(),
+                rollouts=rollouts(
+                    samples=8,
+                    updates=8,
+                    max_new_tokens=32,
+                    slots=64,
+                    dynamic_sampling=True,
+                    decode_steps=16,
+                    prefill_tokens=64,
+                ),
+                rewards=rewards(gsm8k=1.0),
+            ),
         ),
     }
 
