@@ -16,7 +16,7 @@ from typing import Any
 
 import recording
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.train import Trainer
 
 WARM_UP = 20  # steps

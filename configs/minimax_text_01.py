@@ -176,7 +176,7 @@ def _post_training() -> dict[str, ConfigDict]:
             batch_size=batch_size(rows * row, micro_batch_tokens=row),
             optimizer=optimizer,
             schedule=schedule,
-            preference={"loss": "dpo", "beta": 0.1} if chats == 2 else None,
+            preference={"loss": "dpo", "beta": 0.1, "reference": "cached"} if chats == 2 else None,
         )
     return stages
 

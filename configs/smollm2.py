@@ -175,7 +175,7 @@ def _post_training(size: str) -> dict[str, ConfigDict]:
             batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
             optimizer=optimizer,
             schedule=cosine(1e-4 if laptop else 1e-6, 0.0),
-            preference={"loss": "dpo", "beta": 0.5},
+            preference={"loss": "dpo", "beta": 0.5, "reference": "cached"},
         ),
     }
 

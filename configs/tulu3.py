@@ -114,7 +114,7 @@ def _published_stages(size: str) -> dict[str, ConfigDict]:
             batch_size=batch_size(pairs * pair, micro_batch_tokens=pair),
             optimizer=ADAMW,
             schedule=wsd(dpo_rate, 0.0),
-            preference={"loss": "dpo_norm", "beta": 5.0},
+            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),
         "reward_model": stage(
@@ -149,7 +149,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
             schedule=wsd(1e-4, 0.0),
-            preference={"loss": "dpo_norm", "beta": 5.0},
+            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),
         "reward_model": stage(

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from lightning_jax.config import ConfigError, RunConfig, load_config, nearest_name
+from lightning_jax.config import ConfigError, RunConfig, nearest_name
+from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES

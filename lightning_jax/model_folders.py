@@ -13,7 +13,8 @@ from lightning_jax.checkpoints import Manifest, newest_manifest
 from lightning_jax.checkpoints.manifest import DamagedError
 from lightning_jax.checkpoints.restoring import committed_steps, read_manifest
 from lightning_jax.checkpoints.safetensors_folder import Tensor, check_place, open_folder
-from lightning_jax.config import INVALID, RunConfig, parse
+from lightning_jax.config import RunConfig
+from lightning_jax.config_reader import INVALID, parse
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
 from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
@@ -23,7 +24,8 @@ from lightning_jax.models import hugging_face as names
 from lightning_jax.models.hugging_face_config import HuggingFaceError, read_config
 from lightning_jax.stages import plan_stages
 
-CHECKPOINTS, ORIGINAL = "checkpoints", "hugging_face"  # in a run's folder; the second where it was imported
+# In a run's folder; the second where it was imported, the third where it trains adapters: what they belong to.
+CHECKPOINTS, ORIGINAL, BASE = "checkpoints", "hugging_face", "base"
 CONFIG = "config.json"
 # All that belongs to a Hugging Face checkpoint besides weights and config. Code does not come along.
 TEXT_FILES = (

@@ -1,6 +1,5 @@
 """What the devices of a run compute: its first state, and the steps of each stage."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,20 @@ from jax.sharding import Mesh
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.input_pipeline import Batch as HostBatch
-from lightning_jax.models import HybridLM, RewardModel
+from lightning_jax.models import HybridLM, RewardModel, lora
 from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
 from lightning_jax.objectives.policy_gradient import sequence_log_probs
 from lightning_jax.objectives.preference import segment_log_probs
 from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.stages import Stage, num_micro_batches
-from lightning_jax.train_step import Batch, Objective, TrainState, make_evaluation_step, make_train_step
+from lightning_jax.train_step import (
+    Batch,
+    Objective,
+    TrainState,
+    make_evaluation_step,
+    make_train_step,
+    mapped_rows,
+)
 
 
 class Programs:
@@ -31,10 +37,13 @@ class Programs:
       devices: to lay the run out on, if not all there are; described ones will do to compile for.
 
     Attributes:
+      kind: of model.
       mesh: the devices.
       shards: into how many parts they split the rows of a batch.
       host: which part of a batch's rows this host reads.
       abstract_state: shapes, dtypes and shardings of the train state.
+      abstract_frozen: of what steps take besides, where adapters are trained: the weights that they belong to.
+      frozen: these weights, once somebody has put them here.
     """
 
     def __init__(self, config: RunConfig, stages: list[Stage], devices: Sequence[jax.Device] | None = None):
@@ -44,30 +53,45 @@ class Programs:
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
         operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
-        kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
-        make_model = functools.partial(kind, config.model, operators=operators)
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
+        self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
+
+        def make_model(rngs: nnx.Rngs) -> HybridLM | RewardModel:
+            model = self.kind(config.model, rngs=rngs, operators=operators)
+            if config.lora:
+                lora.adapt(model, config.lora, rngs=rngs)
+            return model
+
+        self.graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), nnx.Param)
+        self.abstract_frozen = (parallel.abstract(lora.split(abstract)[1], self.mesh),) if config.lora else ()
+        self.frozen: tuple[nnx.State, ...] = ()
         optimizer = self.optimizer(stages[0])
 
         def create() -> TrainState:
-            params = nnx.state(make_model(rngs=nnx.Rngs(params=config.seed)), nnx.Param)
+            params = nnx.state(make_model(nnx.Rngs(params=config.seed)), nnx.Param)
+            if config.lora:
+                params, _ = lora.split(params)
             return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
         self._create = create
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            self._shardings,
-        )
+        self.abstract_state = parallel.abstract(shapes, self.mesh)
 
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
         return parallel.create_sharded(self._create, self.mesh)
 
-    def train_step(self, stage: Stage, rows: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-        """The step of a stage for batches of so many rows; the state given to it is used up."""
+    def weights(self, params: nnx.State) -> nnx.State:
+        """All of the model's: what is trained, and what is frozen."""
+        return nnx.merge_state(params, *self.frozen)
+
+    def merged(self, params: nnx.State) -> nnx.State:
+        """The weights of the model without adapters that computes the same."""
+        adapters = self._config.lora
+        return jax.jit(lora.merged, static_argnums=1)(self.weights(params), adapters) if adapters else params
+
+    def train_step(self, stage: Stage, rows: int) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+        """(state, batch, *frozen) -> (state, metrics) for batches of so many rows; the state given to it is used up."""
         step = make_train_step(
             self.graphdef,
             self.objective(stage),
@@ -79,34 +103,36 @@ class Programs:
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
 
     def evaluation_step(self, stage: Stage) -> Callable[[nnx.State, Batch], Any]:
-        """(params, batch) -> sums of the stage's objective."""
+        """(weights, batch) -> sums of the stage's objective."""
         return jax.jit(make_evaluation_step(self.graphdef, self.objective(stage)))
 
     def log_prob_step(self, stage: Stage) -> Callable[[nnx.State, Batch], jax.Array]:
-        """(params, batch) -> the log-probability [B, T] of each segment."""
+        """(weights, batch) -> the log-probability [B, T] of each segment."""
 
-        def log_probs(params: nnx.State, batch: Batch) -> jax.Array:
-            model = nnx.merge(self.graphdef, params)
-            return segment_log_probs(model, self._config.model, batch, stage.config.rope_theta)[0]
+        def log_probs(weights: nnx.State, batch: Batch) -> jax.Array:
+            model = nnx.merge(self.graphdef, weights)
+            parts = num_micro_batches(stage.config, len(batch["inputs"]), self.shards)
+
+            def part(micro_batch: Batch) -> jax.Array:
+                return segment_log_probs(model, self._config.model, micro_batch, stage.config.rope_theta)[0]
+
+            return mapped_rows(part, batch, parts)
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
     def policy_log_prob_step(self, stage: Stage) -> Callable[[nnx.State, Batch], jax.Array]:
-        """(params, batch) -> the log-probability [B, T] of each target at the temperature of the stage's rollouts."""
+        """(weights, batch) -> the log-probability [B, T] of each target at the temperature of the stage's rollouts."""
+        given = {"temperature": stage.config.reinforcement.rollouts.temperature, "rope_theta": stage.config.rope_theta}
 
-        def log_probs(params: nnx.State, batch: Batch) -> jax.Array:
-            model, temperature = nnx.merge(self.graphdef, params), stage.config.reinforcement.rollouts.temperature
-            rope_theta = stage.config.rope_theta
-            return sequence_log_probs(model, self._config.model, batch, temperature=temperature, rope_theta=rope_theta)[
-                0
-            ]
+        def log_probs(weights: nnx.State, batch: Batch) -> jax.Array:
+            return sequence_log_probs(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)[0]
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
     def by_rows(
         self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], params: nnx.State, rows: HostBatch
     ) -> np.ndarray:
-        """`step` of any number of rows [N, T] that every process has, some at a time, on every process."""
+        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
         share = count // self.host.count
         results = []
@@ -115,13 +141,13 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(np.asarray(multihost_utils.process_allgather(step(params, batch), tiled=True)))
+            results.append(np.asarray(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True)))
         return np.concatenate(results)[:num_rows]
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
-        """The mesh on which completions are generated, where axis "sequence" serves rows, and the parameters on it."""
-        mesh = parallel.without_sequence(self.mesh)
-        return mesh, jax.device_put(params, parallel.shardings(params, mesh))
+        """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
+        mesh, weights = parallel.without_sequence(self.mesh), self.merged(params)
+        return mesh, jax.device_put(weights, parallel.shardings(weights, mesh))
 
     def evaluation_rows(self, stage: Stage) -> int:
         """Rows of a batch that needs no micro-batches."""

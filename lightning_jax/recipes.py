@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from lightning_jax.config import ConfigError, ModelConfig, nearest_name, parse
+from lightning_jax.config import ConfigError, ModelConfig, nearest_name
+from lightning_jax.config_reader import parse
 from lightning_jax.errors import UserError
 
 Tokens = int | float  # 1.5e12 reads better than its digits
@@ -311,6 +312,7 @@ def run(
             "size_reason": "",
             "seed": 0,
             "model": {**model, **precision, "rope_theta": stages[run_stages[-1]].rope_theta},
+            "lora": None,
             "data": data,
             "mesh": {
                 "data": -1 if replicate else 1,

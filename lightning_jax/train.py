@@ -11,25 +11,25 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from lightning_jax.checkpoints import Checkpoints, newest_manifest, restore_newest, run_lock
-from lightning_jax.checkpoints.state_tree import named_leaves, rebuild
+from lightning_jax.checkpoints import Checkpoints, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
-from lightning_jax.input_pipeline import PreparedCorpus, cache_folder
+from lightning_jax.init_from import begin_with, freeze_base
+from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
+from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.programs import Programs
-from lightning_jax.reference import with_reference
+from lightning_jax.references import Place, Reference, reference_of
 from lightning_jax.reinforcement.collecting import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
@@ -115,7 +115,7 @@ class Trainer:
         """Restores or begins, and opens everything that the stages share."""
         said_before = len(self._early)
         checkpoints = stack.enter_context(
-            Checkpoints(self.folder / "checkpoints", self.config.checkpoints, say=self._say_of_checkpoints)
+            Checkpoints(self.folder / CHECKPOINTS, self.config.checkpoints, say=self._say_of_checkpoints)
         )
         state, saved = self._restore_or_create(checkpoints)
         said_of_checkpoints = self._early[said_before:]
@@ -168,29 +168,18 @@ class Trainer:
     def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on with, and the metadata it was saved with, if this run had saved it."""
         if restored := checkpoints.restore(self.programs.abstract_state):
+            if self.config.lora:
+                freeze_base(self.folder, self.config, self.programs, self._say)
             current = json.loads(self.config.to_json())
             self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
             self._say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
         state = self.programs.first_state()
-        return state if self.init_from is None else self._begin_with(self.init_from, state), None
-
-    def _begin_with(self, run: pathlib.Path, state: TrainState) -> TrainState:
-        """The state with the parameters of another run; a reward model may begin as a language model."""
-        params = self.programs.abstract_state.params
-        manifest = newest_manifest(run / "checkpoints")
-        backbone = manifest and "backbone" in params and not any("backbone/" in path for path in manifest.leaves)
-        restored = restore_newest(
-            run / "checkpoints", {"params": params["backbone"] if backbone else params}, say=self._say, partial=True
-        )
-        if restored is None:
-            raise ConfigError([f"--init_from={run}: there is no checkpoint in this folder"])
-        self._say(f"parameters from step {restored.step} of {run}")
-        params = restored.state["params"]
-        if backbone:
-            leaves = {f"backbone/{path}": leaf for path, leaf in named_leaves(params).items()}
-            params = rebuild(state.params, named_leaves(state.params) | leaves)
-        return state._replace(params=params)
+        if self.init_from is not None:
+            return begin_with(self.init_from, state, self.folder, self.config, self.programs, self._say), None
+        if self.config.lora:
+            raise ConfigError(["config.lora: adapters belong to a model; name the folder of its run by --init_from"])
+        return state, None
 
     def _accept(self, changes: Iterable[str]) -> None:
         """Refuses to go on with another config or other data than those of the checkpoint, unless told to."""
@@ -214,20 +203,16 @@ class Trainer:
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
                 self._step = step + 1
-                if data.needs_params(step - stage.first_step):
-                    if unreported:
-                        self._report(stage, data, *unreported)
-                        unreported = None
-                    with self.timer.pause():
-                        host_batch = data.batch(step - stage.first_step, state.params)
-                else:
-                    host_batch = data.batch(step - stage.first_step, state.params)
-                batch = self.programs.on_devices(host_batch)
+                if data.needs_params(step - stage.first_step) and unreported:
+                    self._report(stage, data, *unreported)
+                    unreported = None
+                with self.timer.pause() if data.needs_params(step - stage.first_step) else contextlib.nullcontext():
+                    batch = data.batch(step - stage.first_step, state.params)
                 compiling = rows not in train_steps
                 if compiling:
                     train_steps[rows] = self.programs.train_step(stage, rows)
                 with self.timer.pause() if compiling else contextlib.nullcontext():
-                    state, metrics = train_steps[rows](state, batch)
+                    state, metrics = train_steps[rows](state, batch, *self.programs.frozen)
                 if unreported:  # only now, so that the devices have this step to work on while the host reads that one
                     self._report(stage, data, *unreported)
                 unreported = step + 1, metrics
@@ -256,32 +241,24 @@ class Trainer:
 
     def _stage_data(self, stage: Stage, state: TrainState) -> tuple[StageData, Callable[[nnx.State], Measures]]:
         """The batches of a stage from the state's step on, and what measures parameters on what is held out."""
-        evaluation_batches = self.config.metrics.evaluation_batches
-        if stage.config.objective != "policy_gradient":
-            corpora = self._corpora(stage, state)
-            batches = global_batches(self.stages, stage, corpora, seed=self.config.seed, host=self.programs.host)
-            validate = Validation(stage, corpora, self.programs, evaluation_batches)
-            return CorpusData(batches, int(state.step) - stage.first_step), validate
         begins = int(state.step) == stage.first_step
-        data = RolloutData(
-            self.config,
-            stage,
-            {name: self.data.prompts[name] for name in stage.config.mixture.start},
-            self.data.tokenizer,
-            self.programs,
-            self.folder,
-            params=state.params,
-            position=None if begins else self._metadata["rollouts"][stage.name],
-            record=functools.partial(self._record_rollouts, stage),
-            say=self._say,
-            environment=os.environ,
-        )
-        most = evaluation_batches * stage.config.reinforcement.rollouts.slots
-
-        def validation_rewards(params: nnx.State) -> Measures:
-            return {"validation_reward": data.collector.validation_rewards(params, most)}
-
-        return data, validation_rewards
+        saved_key = None if begins else self._metadata["references"].get(stage.name)
+        place = Place(stage, self.programs, saved_key, self.folder, self._say)
+        evaluation_batches = self.config.metrics.evaluation_batches
+        if stage.config.reinforcement:
+            position = None if begins else self._metadata["rollouts"][stage.name]
+            prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
+            record = functools.partial(self._record_rollouts, stage)
+            data = RolloutData(self.config, prompts, self.data.tokenizer, state.params, position, place, record)
+            self._metadata["references"] |= {stage.name: data.reference_key}
+            most = evaluation_batches * stage.config.reinforcement.rollouts.slots
+            return data, lambda params: {"validation_reward": data.collector.validation_rewards(params, most)}
+        corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
+        reference = reference_of(state, corpora, place) if stage.config.preference else Reference(corpora)
+        self._metadata["references"] |= {stage.name: reference.key}
+        batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
+        data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)
+        return data, Validation(stage, reference, self.programs, evaluation_batches)
 
     def _record_rollouts(self, stage: Stage, step: int, collected: Collected) -> None:
         """Puts a generation on record, with the first step that trains on it."""
@@ -291,24 +268,6 @@ class Trainer:
         for warning in collected.warnings:
             self._say(warning)
             self.writer.event("rollouts", warning, step=step)
-
-    def _corpora(self, stage: Stage, state: TrainState) -> Mapping[str, PreparedCorpus]:
-        """The corpora of a stage; those of preference tuning with what the reference says of them."""
-        corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
-        if stage.config.objective != "preference":
-            return corpora
-        begins = int(state.step) == stage.first_step
-        corpora, key = with_reference(
-            stage,
-            corpora,
-            params=state.params,
-            saved_key=None if begins else self._metadata["references"][stage.name],
-            programs=self.programs,
-            folder=self.folder,
-            say=self._say,
-        )
-        self._metadata["references"] |= {stage.name: key}
-        return corpora
 
     def _report(self, stage: Stage, data: StageData, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
@@ -349,7 +308,7 @@ class Trainer:
             )
 
     def _write_samples(self, stage: Stage, state: TrainState) -> None:
-        for prompt, text in samples(self.config, stage, self.data, state.params, self.programs):
+        for prompt, text in samples(self.config, stage, self.data, self.programs.merged(state.params), self.programs):
             self.writer.sample(int(state.step), stage=stage.name, prompt=prompt, text=text)
             self._say(f"sample: {prompt!r} -> {text!r}")
 

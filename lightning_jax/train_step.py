@@ -38,19 +38,28 @@ class TrainState(NamedTuple):
     nonfinite_steps: jax.Array  # skipped in a row until now, int32
 
 
+def micro_batches_of(batch: Batch, count: int) -> Batch:
+    """The arrays of a batch as [A, R / A, ...]: each takes every A-th row, so that it stays spread over all devices."""
+    return jax.tree.map(lambda x_RX: x_RX.reshape(-1, count, *x_RX.shape[1:]).swapaxes(0, 1), batch)
+
+
+def mapped_rows(function: Callable[[Batch], jax.Array], batch: Batch, num_micro_batches: int) -> jax.Array:
+    """`function(batch)`, an array [R, ...], computed over micro-batches one after the other."""
+    if num_micro_batches == 1:
+        return function(batch)
+    y_ARX = jax.lax.map(function, micro_batches_of(batch, num_micro_batches))
+    return y_ARX.swapaxes(0, 1).reshape(-1, *y_ARX.shape[2:])
+
+
 def accumulated_sums(sums: Callable[[Batch], Sums], batch: Batch, num_micro_batches: int) -> Sums:
     """`sums(batch)`, computed over micro-batches one after the other; each is rematerialised in the backward pass."""
     if num_micro_batches == 1:
         return sums(batch)
 
-    def split(x_RT: jax.Array) -> jax.Array:
-        # Micro-batches take every A-th row, so that each stays spread over all devices.
-        return x_RT.reshape(-1, num_micro_batches, *x_RT.shape[1:]).swapaxes(0, 1)
-
     def add(total: Sums, micro_batch: Batch) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(micro_batch)), None
 
-    micro_batches = jax.tree.map(split, batch)
+    micro_batches = micro_batches_of(batch, num_micro_batches)
     shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], micro_batches))
     zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(add, zero, micro_batches)[0]
@@ -65,7 +74,9 @@ def make_train_step(
     first_step: int,
     num_micro_batches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step `(state, batch) -> (state, metrics)` of a stage that begins at `first_step`, to be jitted.
+    """The step `(state, batch, *frozen) -> (state, metrics)` of a stage that begins at `first_step`, to be jitted.
+
+    `frozen` is what of the model is not in `state.params`, and so is not trained.
 
     `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported.
 
@@ -73,9 +84,9 @@ def make_train_step(
     parameters or moments; the step still counts, so that the data go on.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch, *frozen: nnx.State) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss(params: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(graphdef, params, *frozen)
             return objective.loss(accumulated_sums(lambda each: objective.sums(model, each), batch, num_micro_batches))
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)

@@ -13,22 +13,21 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lightning_jax import parallel
-from lightning_jax.checkpoints import restore_newest
 from lightning_jax.checkpoints.fingerprint import fingerprints
 from lightning_jax.checkpoints.safetensors_folder import Tensor
 from lightning_jax.checkpoints.state_tree import named_leaves
 from lightning_jax.input_pipeline import Tokenizer
 from lightning_jax.input_pipeline.sources import fingerprint
 from lightning_jax.model_folders import (
-    CHECKPOINTS,
     HuggingFaceFolder,
     ModelFolderError,
     RunFolder,
     open_model_folder,
     read_texts,
 )
-from lightning_jax.models import HybridLM, ModelConfig
+from lightning_jax.models import ModelConfig
 from lightning_jax.models.hugging_face import Piece
+from lightning_jax.weights import abstract_model, restore_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +86,7 @@ def load_model(
         raise ModelFolderError(f"{path}: {error}") from None
     step = None
     if isinstance(folder, RunFolder):
-        restored = restore_newest(folder.path / CHECKPOINTS, {"params": abstract}, say=say, partial=True)
-        if restored is None:
-            raise ModelFolderError(f"{path}: there is no whole checkpoint in it")
-        params, step = restored.state["params"], restored.step
+        params, step = restore_weights(folder.path, config, devices, say=say)
         rope_theta = folder.config(step).rope_theta
         if rope_theta != config.rope_theta:
             config = dataclasses.replace(config, rope_theta=rope_theta)
@@ -117,18 +113,6 @@ def model_fingerprint(model: TrainedModel) -> str:
     weights = fingerprints(named_leaves(nnx.to_pure_dict(model.params)))()
     tokenizer = model.tokenizer and model.tokenizer.fingerprint
     return fingerprint([weights, dataclasses.asdict(model.config), tokenizer, model.chat_template])[:16]
-
-
-def abstract_model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model without weights: its graph, and the shapes, dtypes and shardings of its parameters."""
-    operators = parallel.operators(mesh, config)
-    model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0), operators=operators))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        parallel.shardings(params, mesh),
-    )
 
 
 def read_params(folder: HuggingFaceFolder, abstract: nnx.State) -> nnx.State:

@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 
 from lightning_jax import parallel
-from lightning_jax.checkpoints import restore_newest
 from lightning_jax.input_pipeline.chat_masks import ChatEncoder
 from lightning_jax.input_pipeline.chat_template import Message
 from lightning_jax.input_pipeline.readers import Problem
-from lightning_jax.model_folders import CHECKPOINTS, ModelFolderError, RunFolder, read_texts
+from lightning_jax.model_folders import ModelFolderError, RunFolder, read_texts
 from lightning_jax.models import RewardModel
 from lightning_jax.objectives.reward import segment_scores
+from lightning_jax.weights import abstract_model, restore_weights
 
 SHORTEST_ROW = 64  # tokens; rows are padded to powers of two, so that few programs are compiled
 
@@ -82,16 +82,8 @@ def load_reward_model(path: str | os.PathLike, *, say: Callable[[str], None]) ->
         raise ModelFolderError(f"{path}: no run that trained a reward model")
     config = folder.config()
     mesh = parallel.make_mesh(parallel.MeshConfig.of(), jax.local_devices()[:1])
-    model = nnx.eval_shape(lambda: RewardModel(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model, nnx.Param)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        parallel.shardings(params, mesh),
-    )
-    restored = restore_newest(folder.path / CHECKPOINTS, {"params": abstract}, say=say, partial=True)
-    if restored is None:
-        raise ModelFolderError(f"{path}: there is no whole checkpoint in it")
+    graphdef, _ = abstract_model(config, mesh, kind=RewardModel)
+    params, step = restore_weights(folder.path, config, mesh, kind=RewardModel, say=say)
     texts = read_texts(folder, config.vocab_size)
     encoder = ChatEncoder(texts.tokenizer, texts.chat_template, texts.special_tokens, "all")
-    return TrainedRewardModel(graphdef, restored.state["params"], encoder, restored.step)
+    return TrainedRewardModel(graphdef, params, encoder, step)

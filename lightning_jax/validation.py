@@ -10,8 +10,9 @@ from flax import nnx
 
 from lightning_jax.config import RunConfig
 from lightning_jax.generation import sample_prompts
-from lightning_jax.input_pipeline import PreparedCorpus, validation_batches
+from lightning_jax.input_pipeline import validation_batches
 from lightning_jax.programs import Programs
+from lightning_jax.references import Reference
 from lightning_jax.run_setup import Data
 from lightning_jax.stages import Stage
 
@@ -23,11 +24,11 @@ class Validation:
     """The measures of a stage on held-out rows, always the same ones.
 
     Args:
-      corpora: those of the stage, by name.
+      reference: of the stage, with its corpora.
     """
 
-    def __init__(self, stage: Stage, corpora: Mapping[str, PreparedCorpus], programs: Programs, num_batches: int):
-        self._objective, self._programs = programs.objective(stage), programs
+    def __init__(self, stage: Stage, reference: Reference, programs: Programs, num_batches: int):
+        self._objective, self._programs, self._reference = programs.objective(stage), programs, reference
         self._step = programs.evaluation_step(stage)
         self._batches = {
             name: validation_batches(
@@ -39,15 +40,16 @@ class Validation:
                 process_index=programs.host.index,
                 process_count=programs.host.count,
             )
-            for name, corpus in corpora.items()
+            for name, corpus in reference.corpora.items()
             if corpus.validation.num_tokens > 1
         }
 
     def __call__(self, params: nnx.State) -> Measures:
         """`validation_loss` and, where answers are right or wrong, `validation_accuracy`, by corpus."""
         measures: Measures = {}
+        weights = self._programs.weights(params)
         for corpus, batches in self._batches.items():
-            sums = [self._step(params, self._programs.on_devices(batch)) for batch in batches]
+            sums = [self._step(weights, self._reference.add(self._programs.on_devices(batch))) for batch in batches]
             total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
             metrics = self._objective.loss(total)[1]
             for name in MEASURES:

@@ -7,7 +7,8 @@ import pytest
 import tiny_run
 
 from lightning_jax import train
-from lightning_jax.config import ConfigError, RunConfig, differences, load_config, parse
+from lightning_jax.config import ConfigError, RunConfig, differences
+from lightning_jax.config_reader import load_config, parse
 
 LAPTOP = tiny_run.CONFIG
 

@@ -9,7 +9,7 @@ import tiny_run
 from flax import nnx
 from tiny_model import tiny_model
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.models import HybridLM
 from lightning_jax.run_setup import describe
 from lightning_jax.stages import plan_stages

@@ -24,7 +24,8 @@ from lightning_jax.generation.log_probs import map_logits, target_log_probs
 from lightning_jax.generation.sampling import likeliest
 from lightning_jax.input_pipeline import Tokenizer
 from lightning_jax.input_pipeline.packing import PackedRows, Pieces, best_fit_decreasing
-from lightning_jax.trained_model import TrainedModel, abstract_model
+from lightning_jax.trained_model import TrainedModel
+from lightning_jax.weights import abstract_model
 
 SHORTEST_ROW, ROW_FACTOR = 256, 4  # rows are 256, 1024, 4096, ... tokens long, and as long as the context
 

@@ -10,8 +10,24 @@ from typing import Literal
 
 LayerKind = Literal["lightning", "softmax"]
 FlopsConvention = Literal["6N", "6N+12LHKT", "6(N-VD)+12LHKT", "model"]
+LoraTarget = Literal[
+    "mixer.query",
+    "mixer.key",
+    "mixer.value",
+    "mixer.query_key_value",
+    "mixer.gate",
+    "mixer.output",
+    "feed_forward.gate",
+    "feed_forward.up",
+    "feed_forward.down",
+]
 
 BYTES = {"float32": 4, "bfloat16": 2}
+MIXER_WEIGHTS: dict[LayerKind, tuple[LoraTarget, ...]] = {
+    "lightning": ("mixer.query_key_value", "mixer.gate", "mixer.output"),
+    "softmax": ("mixer.query", "mixer.key", "mixer.value", "mixer.output"),
+}
+FEED_FORWARD_WEIGHTS: tuple[LoraTarget, ...] = ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,39 @@ class RopeScaling:
         if self.original_context_length < 1:
             found.append(f"original_context_length: {self.original_context_length} is not positive")
         return found
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) that are trained in place of the weights: W + alpha / rank * down up."""
+
+    rank: int
+    alpha: float
+    targets: tuple[LoraTarget, ...]  # weights of every layer that has them; of experts each one's own
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def problems(self) -> list[str]:
+        found = [] if self.rank > 0 else [f"rank: {self.rank} is not positive"]
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            found.append(f"alpha: {self.alpha} is not a positive number")
+        if not self.targets:
+            found.append('targets: empty; name a weight, such as "mixer.output"')
+        if len(set(self.targets)) < len(self.targets):
+            found.append("targets: a weight is named twice; name each once")
+        return found
+
+    def problems_with(self, model: "ModelConfig") -> list[str]:
+        """What of the targets no layer of a model has."""
+        known = dict.fromkeys(name for kind in model.layer_pattern for name in MIXER_WEIGHTS[kind])
+        known |= dict.fromkeys(FEED_FORWARD_WEIGHTS)
+        return [
+            f"targets: no layer of this model has {target}; there is {', '.join(known)}"
+            for target in self.targets
+            if target not in known
+        ]
 
 
 @dataclass(frozen=True)

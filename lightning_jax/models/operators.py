@@ -12,6 +12,7 @@ from flax import nnx
 
 from lightning_jax.models.config import ModelConfig
 from lightning_jax.models.experts import experts
+from lightning_jax.models.lora import LowRank
 from lightning_jax.models.softmax_attention import softmax_attention
 from lightning_jax.models.stateful_attention import KeyValues, cached_softmax_attention, lightning_attention_from
 from pallas_kernels import lightning_attention
@@ -54,7 +55,7 @@ class Operators:
         lightning_attention_from: (q_BTHK, k_BTHK, v_BTHK, log_decay_H, state_BHKK) -> (o_BTHK, state_BHKK).
         cached_softmax_attention: (q_BTHK, k_BTGK, v_BTGK, KeyValues, layer, positions_BT) -> (o_BTHK, KeyValues).
         experts: (x_BTD, expert_BTk, weight_BTk, ExpertWeights, *, mask_BT) -> (y_BTD, assignments dropped).
-        project: (x_BTD, weight [D, A]) -> x @ weight in the dtype of x.
+        project: (x_BTD, weight [D, A]) -> x @ weight in the dtype of x; once complete, of adapted weights too.
         sum_over_rows: (function, weights_DV, *rows) -> function(weights_DV, *rows), where function is a sum over rows:
             each device may sum its own.
         map_rows: the same for a function that gives each row of the batch a row of its result.
@@ -87,4 +88,14 @@ def complete(operators: Operators, config: ModelConfig) -> Operators:
         "softmax_attention": functools.partial(softmax_attention, implementation=config.attention_implementation),
         "experts": functools.partial(experts, dispatch=config.expert_dispatch, capacity_factor=config.capacity_factor),
     }
-    return replace(operators, **{name: call for name, call in local.items() if getattr(operators, name) is None})
+    chosen = {name: call for name, call in local.items() if getattr(operators, name) is None}
+    return replace(operators, project=_through_adapters(operators.project), **chosen)
+
+
+def _through_adapters(project: Callable[[jax.Array, nnx.Param], jax.Array]) -> Callable[..., jax.Array]:
+    """The operator for weights that may have adapters."""
+
+    def call(x: jax.Array, weight: nnx.Param | LowRank) -> jax.Array:
+        return weight.project(x, project) if isinstance(weight, LowRank) else project(x, weight)
+
+    return call

@@ -12,6 +12,9 @@ class PreferenceConfig:
     # (arXiv 2310.12036, equation 17): of their means over the tokens of each answer.
     loss: Literal["dpo", "dpo_norm", "ipo"]
     beta: float
+    # cached: the reference's log-probabilities of all pairs are computed before the first step and kept in the run's
+    # folder. live: its weights stay in memory and score each batch, which costs a forward pass more.
+    reference: Literal["cached", "live"]
 
     def problems(self) -> list[str]:
         return [] if self.beta > 0 else [f"beta: {self.beta} is not positive"]

@@ -113,6 +113,15 @@ def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [sharding(path, node) for path, node in nodes])
 
 
+def abstract(tree: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
+    """Shapes, dtypes and shardings of a tree's arrays, abstract or not. Raises ShardingError as `shardings` does."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh, rules),
+    )
+
+
 def create_sharded(create: Callable[[], Any], mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     """What `create()` returns, computed so that no device ever holds more than its share of it."""
     return jax.jit(create, out_shardings=shardings(jax.eval_shape(create), mesh, rules))()

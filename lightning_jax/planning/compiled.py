@@ -50,7 +50,7 @@ def lower(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> jax
         name: jax.ShapeDtypeStruct((rows, stage.config.context_length), dtype, sharding=on_mesh)
         for name, dtype in BATCH_DTYPES.items()
     }
-    return programs.train_step(stage, rows).lower(programs.abstract_state, batch)
+    return programs.train_step(stage, rows).lower(programs.abstract_state, batch, *programs.abstract_frozen)
 
 
 def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> Compiled:

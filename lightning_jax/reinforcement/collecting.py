@@ -210,7 +210,7 @@ class Collector:
         return [sorted(group, key=lambda completion: completion.sample) for group in groups]
 
     def _generator_of(self, params: nnx.State) -> Generator:
-        mesh, params = self._programs.to_generate(params)
+        mesh, weights = self._programs.to_generate(params)
         if self._generator is None:
             rollouts = self.settings.rollouts
             settings = GenerationSettings(
@@ -219,8 +219,8 @@ class Collector:
                 prefill_tokens=rollouts.prefill_tokens,
                 decode_steps=rollouts.decode_steps,
             )
-            self._generator = Generator(self._model, params, settings, mesh=mesh, tokenizer=self._tokenizer)
-        self._generator.params = params
+            self._generator = Generator(self._model, weights, settings, mesh=mesh, tokenizer=self._tokenizer)
+        self._generator.params = weights
         return self._generator
 
     def _grades(self, prompts: list[Prompt], completions: list[list[Completion]]) -> Grades:

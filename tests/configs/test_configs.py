@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lightning_jax import recipes
-from lightning_jax.config import ConfigError, load_config
+from lightning_jax.config import ConfigError
+from lightning_jax.config_reader import load_config
 from lightning_jax.optimizers import learning_rate
 from lightning_jax.stages import plan_stages, with_lengths
 

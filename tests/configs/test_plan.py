@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.plan import main, schedule_table
 from lightning_jax.stages import plan_stages
 

@@ -26,9 +26,9 @@ EXACT = {"param_dtype": "float64", "compute_dtype": "float64", "logits_dtype": "
 MODEL = tiny_model(**EXACT, num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=4, num_experts=0, experts_per_token=0)
 EXPERTS = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2)
 LOSSES = {
-    "dpo": PreferenceConfig("dpo", 0.1),
-    "dpo_norm": PreferenceConfig("dpo_norm", 5.0),
-    "ipo": PreferenceConfig("ipo", 0.1),
+    "dpo": PreferenceConfig("dpo", 0.1, "cached"),
+    "dpo_norm": PreferenceConfig("dpo_norm", 5.0, "cached"),
+    "ipo": PreferenceConfig("ipo", 0.1, "cached"),
 }
 REWARDS = {
     "plain": RewardModelConfig(use_margin=False, centring=0.0),

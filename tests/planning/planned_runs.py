@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from lightning_jax.config import RunConfig, load_config
+from lightning_jax.config import RunConfig
+from lightning_jax.config_reader import load_config
 from lightning_jax.planning.hardware import parse_slice
 from lightning_jax.stages import Stage, plan_stages
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 from planned_runs import EIGHT, RUNS, golden, planned
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.planning.compiled import compile_step
 from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.hardware import parse_slice

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.plan import main
 from lightning_jax.planning.generation_flops import DEEPSEEK_R1, GenerationCost
 

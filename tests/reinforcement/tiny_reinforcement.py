@@ -1,4 +1,4 @@
-"""A run of reinforcement learning small enough to be killed: a model of a few thousand parameters that learns to stop."""
+"""A run of reinforcement learning small enough to be killed: a model of a few thousand parameters."""
 
 import json
 import pathlib

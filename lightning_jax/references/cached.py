@@ -1,4 +1,4 @@
-"""The reference of preference tuning: log-probabilities under the model as the stage began, computed once and kept.
+"""A cached reference: log-probabilities under the model as the stage began, computed once and kept.
 
 They lie in the run's folder with a key: a fingerprint of the weights that gave them, of the tokens and masks of every
 corpus (which the chat template and the tokenizer have made), and what else they depend on. A run that goes on in the
@@ -7,12 +7,11 @@ middle of the stage no longer has those weights; it trusts the file only if its 
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,23 +20,15 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from lightning_jax.checkpoints.fingerprint import fingerprints
-from lightning_jax.checkpoints.state_tree import named_leaves
-from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import PreparedCorpus
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.packing import Documents
 from lightning_jax.objectives.preference import REFERENCE
 from lightning_jax.programs import Programs
+from lightning_jax.references.place import Key, Place, fingerprint_of
 from lightning_jax.stages import Stage
 
-FOLDER = "reference"  # in that of the run
 SPLITS = ("train", "validation")
-Key = dict[str, Any]
-
-
-class ReferenceError(UserError):
-    """Log-probabilities that cannot be trusted, or no longer be made; one line."""
 
 
 @dataclass(frozen=True)
@@ -56,30 +47,20 @@ class WithReference:
 
 
 def with_reference(
-    stage: Stage,
-    corpora: Mapping[str, PreparedCorpus],
-    *,
-    params: nnx.State,
-    saved_key: Key | None,
-    programs: Programs,
-    folder: pathlib.Path,
-    say: Callable[[str], None],
+    corpora: Mapping[str, PreparedCorpus], weights: nnx.State, place: Place
 ) -> tuple[dict[str, PreparedCorpus], Key]:
-    """The corpora with the reference's log-probabilities, from the run's folder or computed now.
+    """The corpora with the reference's log-probabilities, from the run's folder or computed now, and their key.
 
     Args:
-      params: of the model; the reference itself where `saved_key` is None.
-      saved_key: of the checkpoint from which the run goes on in the middle of the stage; None at the stage's beginning.
-
-    Returns:
-      (the corpora, the key to save with every checkpoint of the stage).
+      weights: of the model; the reference itself at the stage's beginning.
 
     Raises:
       ReferenceError: the run goes on in the middle of the stage, and the file is missing or not the one it began with.
     """
-    path = folder / FOLDER / f"{stage.name}.npz"
+    stage, saved_key = place.stage, place.saved_key
+    path = place.folder / f"{stage.name}.npz"
     key = {
-        "weights": _weights(params) if saved_key is None else saved_key["weights"],
+        "weights": fingerprint_of(weights) if saved_key is None else saved_key["weights"],
         "data": {name: {split: getattr(each, split).fingerprint for split in SPLITS} for name, each in corpora.items()},
         "context_length": stage.config.context_length,
         "rope_theta": stage.config.rope_theta,
@@ -87,12 +68,8 @@ def with_reference(
     found, arrays = _read(path)
     if found != key:
         if saved_key is not None:
-            what = "is of other weights or data" if found else "is missing or damaged"
-            raise ReferenceError(
-                f"{path}: {what}, and the weights that stage {stage.name} began with are gone; "
-                "bring the file back, or begin the stage again in another --workdir with --init_from"
-            )
-        compute = functools.partial(_log_probs, stage=stage, params=params, programs=programs)
+            raise place.refusal(path, "is of other weights or data" if found else "is missing or damaged")
+        compute = functools.partial(_log_probs, stage=stage, weights=weights, programs=place.programs)
         arrays = {
             f"{name}/{split}": compute(getattr(corpus, split))
             for name, corpus in sorted(corpora.items())
@@ -100,7 +77,8 @@ def with_reference(
         }
         if jax.process_index() == 0:
             _write(path, key, arrays)
-        say(f"stage {stage.name}: reference log-probabilities of {sum(map(len, arrays.values())):,} chats in {path}")
+        chats = sum(map(len, arrays.values()))
+        place.say(f"stage {stage.name}: reference log-probabilities of {chats:,} chats in {path}")
     return {
         name: dataclasses.replace(
             corpus, **{split: WithReference(getattr(corpus, split), arrays[f"{name}/{split}"]) for split in SPLITS}
@@ -109,12 +87,7 @@ def with_reference(
     }, key
 
 
-def _weights(params: nnx.State) -> str:
-    arrays = named_leaves(params)
-    return hashlib.sha256(json.dumps(fingerprints(arrays)(), sort_keys=True).encode()).hexdigest()
-
-
-def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: Programs) -> np.ndarray:
+def _log_probs(store: Documents, *, stage: Stage, weights: nnx.State, programs: Programs) -> np.ndarray:
     """The log-probability of what is trained of each document, float32 [documents]."""
     log_probs = np.zeros(len(store.offsets) - 1, np.float32)
     if not len(log_probs):
@@ -128,7 +101,7 @@ def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: P
         taken = np.arange(first, min(first + count, len(rows)))
         # Rows are taken again to fill the last batch: every batch is one shape.
         batch = rows.take(np.resize(taken, count)[own])
-        values_BT = multihost_utils.process_allgather(step(params, programs.on_devices(batch)), tiled=True)
+        values_BT = multihost_utils.process_allgather(step(weights, programs.on_devices(batch)), tiled=True)
         row, column, document = rows.documents(taken)
         log_probs[document] = np.asarray(values_BT)[row, column]
     return log_probs

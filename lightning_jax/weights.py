@@ -1,0 +1,91 @@
+"""The weights in the folder of a run, laid out over a mesh; those of a run of adapters are merged.
+
+A run that trains adapters saves the weights that they belong to once, as a run's folder of their own, `<run>/base`, and
+in its checkpoints the adapters alone. So its folder is complete, and its checkpoints are small.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lightning_jax import parallel
+from lightning_jax.checkpoints import CheckpointConfig, Checkpoints, Manifest, newest_manifest, restore_newest
+from lightning_jax.config_reader import parse
+from lightning_jax.model_folders import BASE, CHECKPOINTS, ModelFolderError
+from lightning_jax.models import HybridLM, ModelConfig, lora
+from lightning_jax.models.config import LoraConfig
+
+Kind = type[HybridLM] | type[Any]
+
+
+def abstract_model(
+    config: ModelConfig, mesh: Mesh, *, kind: Kind = HybridLM, adapters: LoraConfig | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without weights: its graph, and the shapes, dtypes and shardings of its parameters."""
+    operators = parallel.operators(mesh, config)
+
+    def make() -> Any:
+        model = kind(config, rngs=nnx.Rngs(0), operators=operators)
+        if adapters:
+            lora.adapt(model, adapters, rngs=nnx.Rngs(0))
+        return model
+
+    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
+    return graphdef, parallel.abstract(params, mesh)
+
+
+def restore_weights(
+    run: Path, config: ModelConfig, mesh: Mesh, *, kind: Kind = HybridLM, say: Callable[[str], None]
+) -> tuple[nnx.State, int]:
+    """The parameters of a run's newest checkpoint that verifies, and its step; of adapters none are left.
+
+    Args:
+        say: takes one line for each checkpoint that was rejected.
+
+    Raises:
+        UserError: there is no checkpoint in the folder, none verifies, or they are of another model.
+    """
+    _, plain = abstract_model(config, mesh, kind=kind)
+    manifest = newest_manifest(run / CHECKPOINTS)
+    adapters = manifest and adapters_of(manifest)
+    if not adapters:
+        return restore_params(run, plain, say=say)
+    trained, frozen = lora.split(abstract_model(config, mesh, kind=kind, adapters=adapters)[1])
+    base, _ = restore_params(run / BASE, lora.plain_of(frozen, adapters), say=say)
+    trained, step = restore_params(run, trained, say=say)
+
+    def merged(trained: nnx.State, base: nnx.State) -> nnx.State:
+        return lora.merged(nnx.merge_state(trained, lora.frozen_of(base, adapters)), adapters)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plain)
+    return jax.jit(merged, out_shardings=shardings)(trained, base), step
+
+
+def restore_params(run: Path, abstract: nnx.State, *, say: Callable[[str], None]) -> tuple[nnx.State, int]:
+    """Parameters as they were saved, and the step. Raises UserError as `restore_weights` does."""
+    restored = restore_newest(run / CHECKPOINTS, {"params": abstract}, say=say, partial=True)
+    if restored is None:
+        raise ModelFolderError(f"{run}: there is no whole checkpoint in it")
+    return restored.state["params"], restored.step
+
+
+def adapters_of(manifest: Manifest) -> LoraConfig | None:
+    """The adapters that a checkpoint holds in place of weights; None where it holds weights."""
+    adapters, problems = parse(LoraConfig | None, manifest.metadata.get("config", {}).get("lora"), "config.lora")
+    if problems:
+        raise ModelFolderError("\n".join(problems))
+    return adapters
+
+
+def save_params(run: Path, params: nnx.State, metadata: dict[str, Any]) -> None:
+    """Saves parameters as step 0 of a run's folder, in place of what is in it. Raises CheckpointError if it cannot."""
+    if jax.process_index() == 0:
+        shutil.rmtree(run, ignore_errors=True)
+    once = CheckpointConfig(every_steps=0, every_minutes=0.0, keep_newest=1, keep_every_steps=0, max_failures=1)
+    with Checkpoints(run / CHECKPOINTS, once) as checkpoints:
+        checkpoints.save(0, {"params": params}, metadata, wait=True)
