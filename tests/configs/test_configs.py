@@ -224,7 +224,7 @@ def test_tulu_3_as_published():
         assert (second.batch_sizes.num_steps, second.batch_sizes.rows(0)) == (128_000 // pairs, pairs)
         rate = learning_rate(second.config.schedule, second.batch_sizes.num_steps)
         assert float(rate(128_000 // pairs // 10)) == pytest.approx(dpo)
-        assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0)
+        assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0, "cached")
         assert {s.optimizer.weight_decay for s in config.stages.values()} == {0.0}
         assert {s.optimizer.clip_norm for s in config.stages.values()} == {0.0}
     reward = load("tulu3:8b").stages["reward_model"]
