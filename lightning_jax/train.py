@@ -263,6 +263,7 @@ class Trainer:
     def _record_rollouts(self, stage: Stage, step: int, collected: Collected) -> None:
         """Puts a generation on record, with the first step that trains on it."""
         self.writer.write(step, collected.metrics | {"stage": stage.name}, collected.timing)
+        self._say(f"step {step:,}: {collected.summary}")
         for sample in collected.samples:
             self.writer.sample(step, stage=stage.name, **sample)
         for warning in collected.warnings:

@@ -66,3 +66,14 @@ def cispo(is_weight_max: float = 5.0) -> PolicyGradientConfig:
 def masked_cispo(is_weight_max: float = 5.0, *, low: float = 0.2, high: float = 0.28) -> PolicyGradientConfig:
     """The unified form of MiniMax-M1, equations 6 and 7: capped weights and a trust region."""
     return dataclasses.replace(cispo(is_weight_max), mask_low=low, mask_high=high)
+
+
+def minimax_text_01(clip: float = 0.2, *, dual_clip: float = 3.0, kl_coefficient: float = 0.01) -> PolicyGradientConfig:
+    """GRPO as MiniMax-01 changes it, arXiv 2501.08313 section 5.4.2: no gradient for unlikely-made-likely tokens of bad
+    completions, and a divergence whose gradient is the difference of probabilities. All its numbers are undisclosed.
+
+    Its balance of good and bad examples is in the advantages, which of one group sum to zero.
+    """
+    return dataclasses.replace(
+        grpo(clip, kl_coefficient=kl_coefficient), dual_clip=dual_clip, kl_estimator="probability_gap"
+    )

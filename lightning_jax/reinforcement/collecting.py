@@ -72,6 +72,17 @@ class Collected:
     samples: list[dict[str, Any]]
     warnings: list[str]
 
+    @property
+    def summary(self) -> str:
+        """The generation in a line."""
+        metrics, timing = self.metrics, self.timing
+        return (
+            f"reward {metrics['reward']:.3f}, {metrics['completion_tokens']:.1f} tokens, "
+            f"{metrics['equal_reward_groups']:.0%} of prompts with equal rewards, {metrics['refills']} refills; "
+            f"{timing['generation_seconds']:.1f} s generation, {timing['reward_seconds']:.1f} s reward, "
+            f"{timing['scoring_seconds']:.1f} s scoring"
+        )
+
 
 class Collector:
     """Collects the generations of a stage.

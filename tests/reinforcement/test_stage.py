@@ -87,7 +87,7 @@ def test_rollouts_that_are_not_the_runs_own_are_refused(folder, capsys):
 
 def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(folder):
     arguments, run = tiny_reinforcement.arguments(folder, "stopped", steps=STEPS), folder / "stopped"
-    process = tiny_run.start(arguments)
+    process = tiny_run.start(arguments, num_devices=8)
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len(metrics(run)) > 2:
@@ -96,7 +96,7 @@ def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(folder):
     process.send_signal(signal.SIGTERM)
     output = tiny_run.finish(process, expected=128 + signal.SIGTERM)
     assert "the same command goes on from there" in output
-    tiny_run.finish(tiny_run.start(arguments))
+    tiny_run.finish(tiny_run.start(arguments, num_devices=8))
     assert_equal_runs(run, folder / "whole")
 
 
@@ -140,7 +140,7 @@ def test_mistakes_are_told_in_a_line(folder, capsys):
     prefix = "stages__rl__reinforcement"
     for more, message in (
         ({f"{prefix}__rewards__weights": "{gsm8q:1}"}, "rewards.weights.gsm8q: no such reward; did you mean 'gsm8k'?"),
-        ({f"{prefix}__rollouts__samples": 3}, "3 do not divide the 16 completions of a generation"),
+        ({f"{prefix}__rollouts__samples": 3}, "3 do not divide the 32 completions of a generation"),
         ({f"{prefix}__rollouts__mode": "aligned"}, "'aligned' needs XLA_FLAGS=--xla_allow_excess_precision=false"),
         ({f"{prefix}__rollouts__max_new_tokens": 47}, "no prompt to train on"),
         ({f"{prefix}__policy_gradient__is_weight_max": 0.2}, "is_weight_max: 0.2 is an absolute cap"),

@@ -6,7 +6,7 @@ import pathlib
 import tiny_run
 
 CONFIG = str(tiny_run.REPOSITORY / "configs" / "minimax_m1.py") + ":laptop"
-UPDATES, SAMPLES, ROWS, CONTEXT = 4, 4, 4, 48
+UPDATES, SAMPLES, ROWS, CONTEXT = 4, 4, 8, 48
 
 
 def write_prompts(folder: pathlib.Path, count: int = 40) -> None:
@@ -49,7 +49,7 @@ def arguments(folder: pathlib.Path, workdir: str, *, steps: int, **more: object)
         "stages.rl.reinforcement.rollouts.samples": SAMPLES,
         "stages.rl.reinforcement.rollouts.updates": UPDATES,
         "stages.rl.reinforcement.rollouts.max_new_tokens": 8,
-        "stages.rl.reinforcement.rollouts.slots": 4,
+        "stages.rl.reinforcement.rollouts.slots": 8,
         "stages.rl.reinforcement.rollouts.decode_steps": 8,
         "stages.rl.reinforcement.rollouts.prefill_tokens": 32,
         "stages.rl.reinforcement.rollouts.max_refills": 1,
