@@ -153,6 +153,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
                     max_new_tokens=32,
                     slots=64,
                     dynamic_sampling=True,
+                    max_refills=2,
                     decode_steps=16,
                     prefill_tokens=64,
                 ),

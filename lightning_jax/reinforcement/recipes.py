@@ -48,12 +48,13 @@ def rollouts(
     max_new_tokens: int,
     slots: int,
     dynamic_sampling: bool,
+    max_refills: int = 10,
     mode: str = "fast",
     repetition_tokens: int = 0,
     decode_steps: int = 32,
     prefill_tokens: int = 256,
 ) -> dict[str, int | float | str | bool]:
-    """Rollouts at temperature 1; with `dynamic_sampling` up to ten refills, as DAPO's published script has it."""
+    """Rollouts at temperature 1; ten refills are those of DAPO's published script."""
     return {
         "mode": mode,
         "samples": samples,
@@ -66,7 +67,7 @@ def rollouts(
         "prefill_tokens": prefill_tokens,
         "decode_steps": decode_steps,
         "dynamic_sampling": dynamic_sampling,
-        "max_refills": 10 if dynamic_sampling else 0,
+        "max_refills": max_refills if dynamic_sampling else 0,
         "correlation_alarm": 0.99,
         "logged_prompts": 1,
     }
