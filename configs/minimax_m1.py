@@ -26,24 +26,39 @@ decay and clipping (Text-01's weight decay). The paper starts from Text-01's wei
 folder of a Text-01 run. It takes a multiple of 256 chips. The stages from 128K on keep each row whole on its chips,
 which has no room on today's; --config.run_stages=continual_pretraining,context_32k leaves them out.
 
-After pre-training comes sft: on laptop as the run's last stage, about a minute on 6,000 generated word problems; on
+After pre-training comes sft: on laptop as a stage of the run, about a minute on 6,000 generated word problems; on
 456b by --config.run_stages=sft --init_from=FOLDER, on long chains of thought, about 60% of them mathematics and code
 (section 2.2). Its length, batch and learning rate are undisclosed, and here those of Text-01's first such stage.
 
+Then reinforcement learning with CISPO (section 3): importance weights capped and no token left out, advantages of
+groups, no divergence from a reference, 16 updates on the rollouts of one policy, DAPO's dynamic sampling and overlong
+penalty, the head in fp32, AdamW (0.9, 0.95) with epsilon 1e-15, and an end to completions after 3,000 tokens in a row
+of a probability above 0.99. On laptop it is the run's last stage, on the word problems. On 456b, on mathematics, it is
+rl_40k, rl_48k, ... rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on to the next where
+entropy no longer falls and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the cap of 5
+(ScaleRL's, arXiv 2510.13786), 16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning rate,
+weight decay, clipping and steps. The paper's other rewards (logic, software, general tasks) are a matter of
+rewards.weights.
+
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in
-tokens); for sft long_cot, whose lines have "messages"; and tokenizer.json, the released model's. laptop needs none: its
+tokens); for sft long_cot, whose lines have "messages", for rl rl_prompts, with "messages" and "ground_truth"; and
+tokenizer.json, the released model's. laptop needs none: its
 corpora, "text" and "code" at 7:3, come with every Python installation.
 """
 
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes, selection
+from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
+from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
 
 SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
 M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
+RL_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.0)  # section 3.2; weight decay and clipping undisclosed
+LAPTOP_RL_STEPS = 96  # eight to a generation
 
 PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
 LONG = ("long_32k_128k", "long_over_128k")
@@ -60,7 +75,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"minimax_m1_{size}",
         model=_model(size),
         data=recipes.embedded() if laptop else _data(),
-        stages=stages | ({"sft": _long_cot()} if published else {}),
+        stages=stages | ({"sft": _long_cot()} | _published_reinforcement() if published else {}),
         run_stages=stages,
         laptop=laptop,
         replicate=laptop,
@@ -82,7 +97,8 @@ def _model(size: str) -> ConfigDict:
 def _data() -> ConfigDict:
     corpora = (*PRETRAINING, *LONG)
     data = recipes.files_on_disk("data/minimax_m1", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
-    data.corpora["long_cot"] = corpus("jsonl", "data/minimax_m1/long_cot/*.jsonl.zst", content="conversations")
+    for name in ("long_cot", "rl_prompts"):
+        data.corpora[name] = corpus("jsonl", f"data/minimax_m1/{name}/*.jsonl.zst", content="conversations")
     data.chat_template = "minimax_m1"
     return data
 
@@ -118,6 +134,31 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             batch_size=batch_size(batch),
             optimizer=M1_ADAMW,
             schedule=cosine(1e-3, 1e-4),
+        ),
+        "rl": stage(
+            tokens=LAPTOP_RL_STEPS * 32 * 96,
+            context_length=96,
+            rope_theta=5e4,
+            mixture={"arithmetic": 1.0},
+            packing="one_per_row",
+            batch_size=batch_size(32 * 96),
+            optimizer=RL_ADAMW,
+            schedule=constant(1e-4),
+            reinforcement=reinforcement(
+                algorithms.cispo(),
+                advantages=group_relative(),
+                rollouts=rollouts(
+                    samples=8,
+                    updates=8,
+                    max_new_tokens=32,
+                    slots=64,
+                    dynamic_sampling=True,
+                    max_refills=2,
+                    decode_steps=16,
+                    prefill_tokens=64,
+                ),
+                rewards=rewards(gsm8k=1.0),
+            ),
         ),
     }
 
@@ -192,6 +233,39 @@ def _long_cot() -> ConfigDict:
         optimizer=M1_ADAMW,
         schedule=cosine(1e-5, 1e-6),
     )
+
+
+def _published_reinforcement() -> dict[str, ConfigDict]:
+    """CISPO (section 3), with outputs that grow in stages (section 4)."""
+    rows, updates, stages = 512, 16, {}
+    for thousands in (40, 48, 56, 64, 72, 80):
+        max_new_tokens = thousands * 1024
+        length = max_new_tokens + 8 * 1024
+        stages[f"rl_{thousands}k"] = stage(
+            tokens=100 * updates * rows * length,
+            context_length=length,
+            rope_theta=1e7,
+            mixture={"rl_prompts": 1.0},
+            packing="one_per_row",
+            batch_size=batch_size(rows * length, micro_batch_tokens=length),
+            optimizer=RL_ADAMW,
+            schedule=constant(1e-6),
+            reinforcement=reinforcement(
+                algorithms.cispo(),
+                advantages=group_relative(),
+                rollouts=rollouts(
+                    samples=16,
+                    updates=updates,
+                    max_new_tokens=max_new_tokens,
+                    slots=2048,
+                    dynamic_sampling=True,
+                    repetition_tokens=3000,
+                    decode_steps=256,
+                ),
+                rewards=rewards(math=1.0, overlong_buffer=4096),
+            ),
+        )
+    return stages
 
 
 STAGES = {

@@ -25,6 +25,8 @@ chips; the extension's stages keep each row whole on its chips, which has no roo
 After it (section 5, Table 7) come sft_short, sft_long, dpo_short and dpo_long, each a run of its own with
 --config.run_stages=NAME and --init_from=FOLDER: chats of 8,192 and of 1,032,192 tokens in turn, half of the long
 stages' prompts long. Undisclosed, and ours here: beta, Adam's numbers (those of pre-training) and one chat to a row.
+Then rl (section 5.4.2), on mathematics whose answers can be verified: GRPO without gradient for tokens of a large ratio
+and a negative advantage, and with a divergence of probabilities. All its numbers are undisclosed, and ours.
 
 seed. What a widely read summary of the recipe gives instead: 300B tokens, AdamW (0.9, 0.98) with weight decay 0.01,
 10,000 steps of warm-up to 1e-4 and a cosine over 500,000, on CommonCrawl, Wikipedia, BookCorpus and news. Its batch of
@@ -34,14 +36,17 @@ sequences of 8,192. The end of the cosine and the shares are ours, the context's
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: for paper
 data/minimax_text_01/web, academic, books, code; for seed common_crawl, wikipedia, book_corpus, news; for the extension
 long_32k_128k, long_over_128k (documents of such lengths in tokens) and long_qa; for post-training sft,
-long_sft ("messages") and preferences, long_preferences ("chosen", "rejected"); and tokenizer.json, the released
+long_sft ("messages"), preferences, long_preferences ("chosen", "rejected") and rl_prompts ("messages" and
+"ground_truth"); and tokenizer.json, the released
 model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with every Python installation.
 """
 
 from ml_collections import ConfigDict
 
 from lightning_jax import recipes, selection
+from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
+from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
 
 SIZES = ("laptop", "1b", "8b", "456b")  # from the smallest up
 RECIPES = ("paper", "seed")
@@ -56,6 +61,7 @@ POST_TRAINING = {
     "long_sft": "conversations",
     "preferences": "preferences",
     "long_preferences": "preferences",
+    "rl_prompts": "conversations",
 }
 LONG = ("long_32k_128k", "long_over_128k", "long_qa")
 
@@ -178,7 +184,29 @@ def _post_training() -> dict[str, ConfigDict]:
             schedule=schedule,
             preference={"loss": "dpo", "beta": 0.1, "reference": "cached"} if chats == 2 else None,
         )
+    stages["rl"] = _reinforcement()
     return stages
+
+
+def _reinforcement() -> ConfigDict:
+    """Section 5.4.2, and but for its three changes of GRPO all of it undisclosed: ours."""
+    length, rows, updates = 8192, 512, 4
+    return stage(
+        tokens=500 * updates * rows * length,
+        context_length=length,
+        rope_theta=1e7,
+        mixture={"rl_prompts": 1.0},
+        packing="one_per_row",
+        batch_size=batch_size(rows * length, micro_batch_tokens=length),
+        optimizer=adamw(beta2=0.95, weight_decay=0.1),
+        schedule=constant(1e-6),
+        reinforcement=reinforcement(
+            algorithms.minimax_text_01(),
+            advantages=group_relative(),
+            rollouts=rollouts(samples=16, updates=updates, max_new_tokens=6144, slots=2048, dynamic_sampling=False),
+            rewards=rewards(math=1.0),
+        ),
+    )
 
 
 def _small_stages(recipe: str, size: str) -> dict[str, ConfigDict]:

@@ -19,6 +19,7 @@ from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
 from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
+from lightning_jax.reinforcement.config import ReinforcementConfig
 
 
 class ConfigError(UserError):
@@ -47,10 +48,11 @@ class PassesConfig:
 class StageConfig:
     """One stretch of training: what is minimised, on which data, for how long."""
 
-    objective: Literal["next_token", "preference", "reward_model"]
+    objective: Literal["next_token", "preference", "reward_model", "policy_gradient"]
     reduction: Literal["token_mean", "conversation_sum"]  # of "next_token" over its targets
     preference: PreferenceConfig | None
     reward_model: RewardModelConfig | None
+    reinforcement: ReinforcementConfig | None  # of "policy_gradient"
     tokens: int  # length of the stage, targets and padding alike; with `passes` it follows from the data
     passes: PassesConfig | None
     context_length: int
@@ -63,14 +65,16 @@ class StageConfig:
     @property
     def documents_per_example(self) -> int:
         """Chats that belong together."""
-        return 1 if self.objective == "next_token" else 2
+        return 2 if self.objective in ("preference", "reward_model") else 1
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("preference", "reward_model"):
-            if (getattr(self, name) is not None) != (self.objective == name):
-                found.append(f'{name}: belongs to objective="{name}", and this is "{self.objective}"')
-        if self.objective != "next_token" and self.mixture.packing == "split":
+        sections = {"preference": "preference", "reward_model": "reward_model", "reinforcement": "policy_gradient"}
+        for name, objective in sections.items():
+            if (getattr(self, name) is not None) != (self.objective == objective):
+                found.append(f'{name}: belongs to objective="{objective}", and this is "{self.objective}"')
+        found += self._problems_of_reinforcement()
+        if self.documents_per_example == 2 and self.mixture.packing == "split":
             found.append('mixture.packing: "split" would cut pairs; "best_fit" or "one_per_row"')
         if self.context_length < 1:
             found.append(f"context_length: {self.context_length} is not positive")
@@ -91,6 +95,29 @@ class StageConfig:
         if not (found or self.passes or self.batch_size.problems() or self.schedule.problems()):
             sizes = BatchSizes(self.batch_size, self.context_length, self.tokens)
             found.extend(f"schedule.{problem}" for problem in self.schedule.problems_in(sizes.num_steps))
+        return found
+
+    def _problems_of_reinforcement(self) -> list[str]:
+        if self.reinforcement is None or self.context_length < 1:
+            return []
+        found, rollouts = [], self.reinforcement.rollouts
+        if self.mixture.packing != "one_per_row":
+            found.append('mixture.packing: a row holds one completion with its prompt; "one_per_row"')
+        if self.passes:
+            found.append("passes: how many prompts a stage needs is not known before; give it tokens")
+        if len(self.batch_size.tokens) > 1:
+            found.append("batch_size.tokens: all updates on rollouts are of one size; give one")
+        if rollouts.max_new_tokens >= self.context_length:
+            found.append(
+                f"reinforcement.rollouts.max_new_tokens: {rollouts.max_new_tokens} leaves no room for a prompt in "
+                f"context_length={self.context_length}"
+            )
+        rows = rollouts.updates * (max(self.batch_size.tokens, default=0) // self.context_length)
+        if rollouts.samples > 0 and rows % rollouts.samples:
+            found.append(
+                f"reinforcement.rollouts.samples: {rollouts.samples} do not divide the {rows} completions of a "
+                f"generation, {rollouts.updates} updates of {rows // rollouts.updates} rows"
+            )
         return found
 
 
@@ -151,7 +178,9 @@ class RunConfig:
 
     def _problems_of_content(self, stage: StageConfig) -> list[str]:
         """What of a stage's corpora its objective and packing have no use for."""
-        wanted = ("text", "conversations") if stage.objective == "next_token" else ("preferences",)
+        wanted = {"next_token": ("text", "conversations"), "policy_gradient": ("conversations",)}.get(
+            stage.objective, ("preferences",)
+        )
         found = []
         for name in stage.mixture.start:
             content = self.data.corpora[name].content if name in self.data.corpora else wanted[0]

@@ -5,13 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.models import HybridLM, RewardModel, lora
-from lightning_jax.objectives import NextToken, Preference, Reward
+from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
+from lightning_jax.objectives.policy_gradient import sequence_log_probs
 from lightning_jax.objectives.preference import segment_log_probs
 from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.stages import Stage, num_micro_batches
@@ -116,6 +120,35 @@ class Programs:
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
+    def policy_log_prob_step(self, stage: Stage) -> Callable[[nnx.State, Batch], jax.Array]:
+        """(weights, batch) -> the log-probability [B, T] of each target at the temperature of the stage's rollouts."""
+        given = {"temperature": stage.config.reinforcement.rollouts.temperature, "rope_theta": stage.config.rope_theta}
+
+        def log_probs(weights: nnx.State, batch: Batch) -> jax.Array:
+            return sequence_log_probs(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)[0]
+
+        return jax.jit(log_probs, out_shardings=self._rows)
+
+    def by_rows(
+        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], params: nnx.State, rows: HostBatch
+    ) -> np.ndarray:
+        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
+        count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
+        share = count // self.host.count
+        results = []
+        for first in range(0, num_rows, count):
+            # Rows are taken again to fill the last batch: every batch is one shape.
+            taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
+            own = taken[self.host.index * share : (self.host.index + 1) * share]
+            batch = self.on_devices({name: array[own] for name, array in rows.items()})
+            results.append(np.asarray(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True)))
+        return np.concatenate(results)[:num_rows]
+
+    def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
+        """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
+        mesh, weights = parallel.without_sequence(self.mesh), self.merged(params)
+        return mesh, jax.device_put(weights, parallel.shardings(weights, mesh))
+
     def evaluation_rows(self, stage: Stage) -> int:
         """Rows of a batch that needs no micro-batches."""
         rows = stage.batch_sizes.rows(0)
@@ -129,6 +162,10 @@ class Programs:
                 return Preference(model, settings.preference, settings.rope_theta)
             case "reward_model":
                 return Reward(model, settings.reward_model, settings.rope_theta)
+            case "policy_gradient":
+                learning = settings.reinforcement
+                temperature = learning.rollouts.temperature
+                return PolicyGradient(model, learning.policy_gradient, temperature, settings.rope_theta)
         return NextToken(model, settings.rope_theta, settings.reduction)
 
     def optimizer(self, stage: Stage) -> Any:

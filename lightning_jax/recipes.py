@@ -95,6 +95,7 @@ def stage(
     reduction: str = "token_mean",
     preference: Mapping[str, str | float] | None = None,
     reward_model: Mapping[str, bool | float] | None = None,
+    reinforcement: ConfigDict | None = None,
 ) -> ConfigDict:
     """A stage; a pair of mixtures moves linearly from the first to the second.
 
@@ -103,12 +104,14 @@ def stage(
     """
     start, end = mixture if isinstance(mixture, tuple) else (mixture, mixture)
     corpora = [name for name in {**start, **end} if start.get(name) or end.get(name)]
+    others = {"preference": preference, "reward_model": reward_model, "policy_gradient": reinforcement}
     return ConfigDict(
         {
-            "objective": "preference" if preference else "reward_model" if reward_model else "next_token",
+            "objective": next((name for name, numbers in others.items() if numbers), "next_token"),
             "reduction": reduction,
             "preference": preference,
             "reward_model": reward_model,
+            "reinforcement": reinforcement,
             "tokens": int(tokens),
             "passes": {"count": passes, "warmup_share": warmup_share} if passes else None,
             "context_length": context_length,

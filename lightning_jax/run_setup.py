@@ -22,6 +22,7 @@ from lightning_jax.input_pipeline import (
     unigram_cross_entropy,
 )
 from lightning_jax.input_pipeline.examples import pack
+from lightning_jax.input_pipeline.prompts import Prompts, read_prompts
 from lightning_jax.metrics import formatting, record_session
 from lightning_jax.models import ModelConfig
 from lightning_jax.models.layer_stack import runs
@@ -36,12 +37,14 @@ class Data:
 
     tokenizer: Tokenizer
     corpora: dict[str, PreparedCorpus]
+    prompts: dict[str, Prompts]  # of the stages of reinforcement learning
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Equal for data that give equal batches."""
         stores = {name: corpus.train.fingerprint for name, corpus in self.corpora.items()}
-        return {"the tokenizer": self.tokenizer.fingerprint, **stores}
+        prompts = {f"the prompts of {name}": prompts.fingerprint for name, prompts in self.prompts.items()}
+        return {"the tokenizer": self.tokenizer.fingerprint, **stores, **prompts}
 
     def prompt(self, text: str) -> list[int]:
         """The tokens of the beginning of a document, at least one."""
@@ -96,8 +99,9 @@ def global_batches(
     return batches
 
 
-def _cut(stage: Stage) -> tuple[int, str, int]:
-    return stage.config.context_length, stage.config.mixture.packing, stage.config.documents_per_example
+def _cut(stage: Stage) -> tuple[int, str, int, bool]:
+    config = stage.config
+    return config.context_length, config.mixture.packing, config.documents_per_example, config.reinforcement is None
 
 
 def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
@@ -108,12 +112,23 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
         if sys.stdout.isatty():
             say(f"tokenizing {done.corpus}: {formatting.count(done.tokens)} tokens")
 
-    wanted = {name for stage in config.run_stages for name in config.stages[stage].mixture.start}
+    stages = [config.stages[name] for name in config.run_stages]
+    wanted = {name for stage in stages if not stage.reinforcement for name in stage.mixture.start}
     chosen = {name: corpus for name, corpus in config.data.corpora.items() if name in wanted}
     corpora = prepare(dataclasses.replace(config.data, corpora=chosen), tokenizer, progress=progress)
     for corpus in corpora.values():
         say(f"corpus {corpus}")
-    return Data(tokenizer, corpora)
+    room: dict[str, int] = {}  # for the prompts of a corpus, in all stages that draw from it
+    for stage in stages:
+        if stage.reinforcement:
+            most = stage.context_length - stage.reinforcement.rollouts.max_new_tokens
+            room |= {name: min(most, room.get(name, most)) for name in stage.mixture.start}
+    prompts = {
+        name: read_prompts(name, config.data, tokenizer, most_tokens=most) for name, most in sorted(room.items())
+    }
+    for each in prompts.values():
+        say(f"prompts {each}")
+    return Data(tokenizer, corpora, prompts)
 
 
 def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -> dict[str, str | list[str]]:

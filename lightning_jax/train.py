@@ -8,6 +8,7 @@ killed and started again ends with the same bits as one that never was.
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -18,21 +19,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from lightning_jax.checkpoints import Checkpoints, run_lock
 from lightning_jax.command_line import run_command
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.init_from import begin_with, freeze_base
-from lightning_jax.input_pipeline import GlobalBatches, cache_folder
+from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.programs import Programs
 from lightning_jax.references import Place, Reference, reference_of
+from lightning_jax.reinforcement.collecting import Collected
+from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
+from lightning_jax.stage_data import CorpusData, StageData
 from lightning_jax.stages import Stage, plan_stages
 from lightning_jax.train_step import Batch, TrainState
-from lightning_jax.validation import Validation, describe_measures, samples
+from lightning_jax.validation import Measures, Validation, describe_measures, samples
 
 # What may change between two starts of a run without making it another run.
 FREE_TO_CHANGE = ("size_reason", "mesh", "checkpoints", "metrics", "max_nonfinite_steps", "data.cache_dir")
@@ -138,6 +143,7 @@ class Trainer:
             "config": json.loads(self.config.to_json()),
             "data": self.data.fingerprints,
             "references": saved.get("references", {}) if saved else {},
+            "rollouts": saved.get("rollouts", {}) if saved else {},
         }
         if saved:
             self._accept(
@@ -187,29 +193,28 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
-        reference = self._reference(stage, state)
-        batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
-        validate = Validation(stage, reference, self.programs, self.config.metrics.evaluation_batches)
+        data, validate = self._stage_data(stage, state)
         first_step = int(state.step)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
-        passes = ", ".join(f"{name} {passes:.2f}" for name, passes in batches.epochs(len(batches)).items())
-        self._say(
-            f"stage {stage.name}: {steps}, context {stage.config.context_length:,}; passes over the corpora: {passes}"
-        )
+        self._say(f"stage {stage.name}: {steps}, context {stage.config.context_length:,}; {data.description}")
         train_steps: dict[int, Callable] = {}  # by rows of the batch
         unreported: tuple[int, dict[str, jax.Array]] | None = None
-        with contextlib.closing(batches.iterator(first_step - stage.first_step)) as iterator:
+        with contextlib.closing(data):
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
                 self._step = step + 1
-                batch = reference.add(self.programs.on_devices(next(iterator)))
+                if data.needs_params(step - stage.first_step) and unreported:
+                    self._report(stage, data, *unreported)
+                    unreported = None
+                with self.timer.pause() if data.needs_params(step - stage.first_step) else contextlib.nullcontext():
+                    batch = data.batch(step - stage.first_step, state.params)
                 compiling = rows not in train_steps
                 if compiling:
                     train_steps[rows] = self.programs.train_step(stage, rows)
                 with self.timer.pause() if compiling else contextlib.nullcontext():
                     state, metrics = train_steps[rows](state, batch, *self.programs.frozen)
                 if unreported:  # only now, so that the devices have this step to work on while the host reads that one
-                    self._report(stage, batches, *unreported)
+                    self._report(stage, data, *unreported)
                 unreported = step + 1, metrics
 
                 ends, stopping = step + 1 == stage.last_step, bool(stop)
@@ -218,31 +223,54 @@ class Trainer:
                 if not (evaluating or saving):
                     continue
                 # A checkpoint's step must be on record before it is committed.
-                self._report(stage, batches, *unreported)
+                self._report(stage, data, *unreported)
                 unreported = None
                 with self.timer.pause():
                     if evaluating:
-                        measures = validate(self.programs.weights(state.params))
+                        measures = validate(state.params)
                         self.writer.write(step + 1, measures | {"stage": stage.name})
                         self._say(f"step {step + 1:,}: {describe_measures(measures)}")
                     if ends:
                         self._write_samples(stage, state)
                     if saving:
+                        self._metadata["rollouts"] = {stage.name: data.position} if data.position else {}
                         checkpoints.save(step + 1, state, self._metadata, wait=stopping)
                 if stopping:
                     break
         return state
 
-    def _reference(self, stage: Stage, state: TrainState) -> Reference:
+    def _stage_data(self, stage: Stage, state: TrainState) -> tuple[StageData, Callable[[nnx.State], Measures]]:
+        """The batches of a stage from the state's step on, and what measures parameters on what is held out."""
+        begins = int(state.step) == stage.first_step
+        saved_key = None if begins else self._metadata["references"].get(stage.name)
+        place = Place(stage, self.programs, saved_key, self.folder, self._say)
+        evaluation_batches = self.config.metrics.evaluation_batches
+        if stage.config.reinforcement:
+            position = None if begins else self._metadata["rollouts"][stage.name]
+            prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
+            record = functools.partial(self._record_rollouts, stage)
+            data = RolloutData(self.config, prompts, self.data.tokenizer, state.params, position, place, record)
+            self._metadata["references"] |= {stage.name: data.reference_key}
+            most = evaluation_batches * stage.config.reinforcement.rollouts.slots
+            return data, lambda params: {"validation_reward": data.collector.validation_rewards(params, most)}
         corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
-        if stage.config.preference is None:
-            return Reference(corpora)
-        saved_key = None if int(state.step) == stage.first_step else self._metadata["references"][stage.name]
-        reference = reference_of(state, corpora, Place(stage, self.programs, saved_key, self.folder, self._say))
+        reference = reference_of(state, corpora, place) if stage.config.preference else Reference(corpora)
         self._metadata["references"] |= {stage.name: reference.key}
-        return reference
+        batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
+        data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)
+        return data, Validation(stage, reference, self.programs, evaluation_batches)
 
-    def _report(self, stage: Stage, batches: GlobalBatches, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _record_rollouts(self, stage: Stage, step: int, collected: Collected) -> None:
+        """Puts a generation on record, with the first step that trains on it."""
+        self.writer.write(step, collected.metrics | {"stage": stage.name}, collected.timing)
+        self._say(f"step {step:,}: {collected.summary}")
+        for sample in collected.samples:
+            self.writer.sample(step, stage=stage.name, **sample)
+        for warning in collected.warnings:
+            self._say(warning)
+            self.writer.event("rollouts", warning, step=step)
+
+    def _report(self, stage: Stage, data: StageData, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
         values = jax.device_get(metrics)
         in_stage = step - 1 - stage.first_step
@@ -250,7 +278,7 @@ class Trainer:
         self.timer.step(tokens)
         skipped = int(values.pop("nonfinite_steps"))
         if skipped:
-            self._dump(step, batches[in_stage], skipped)
+            self._dump(step, data.again(in_stage), skipped)
         intervals = self.config.metrics
         if step % intervals.log_every_steps and step != stage.last_step and not skipped:
             return

@@ -16,6 +16,7 @@ from lightning_jax.references import Reference
 from lightning_jax.run_setup import Data
 from lightning_jax.stages import Stage
 
+Measures = dict[str, dict[str, float]]  # by what is measured, then by corpus
 MEASURES = ("loss", "accuracy")  # of an objective's metrics, as far as it has them
 
 
@@ -43,9 +44,10 @@ class Validation:
             if corpus.validation.num_tokens > 1
         }
 
-    def __call__(self, weights: nnx.State) -> dict[str, dict[str, float]]:
+    def __call__(self, params: nnx.State) -> Measures:
         """`validation_loss` and, where answers are right or wrong, `validation_accuracy`, by corpus."""
-        measures: dict[str, dict[str, float]] = {}
+        measures: Measures = {}
+        weights = self._programs.weights(params)
         for corpus, batches in self._batches.items():
             sums = [self._step(weights, self._reference.add(self._programs.on_devices(batch))) for batch in batches]
             total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
@@ -69,7 +71,8 @@ def samples(
 ) -> Iterator[tuple[str, str]]:
     """(prompt, what the model writes after it): of a stage on chats the prompts of held-out ones."""
     settings = config.metrics
-    if not settings.sample_prompts or not settings.sample_tokens or stage.config.objective == "reward_model":
+    wordless = stage.config.objective in ("reward_model", "policy_gradient")  # rollouts are samples already
+    if not settings.sample_prompts or not settings.sample_tokens or wordless:
         return
     prompts = [data.prompt(text) for text in settings.sample_prompts]
     chats = [name for name in stage.config.mixture.start if data.corpora[name].validation.trained is not None]

@@ -108,6 +108,11 @@ def open_source(name: str, corpus: CorpusConfig, max_document_bytes: int) -> Sou
         raise SourceError(f"data.corpora.{name}: {error}") from None
 
 
+def files_of(corpus: CorpusConfig) -> list[Path]:
+    """The files of a corpus in files, in the order in which they are read. Raises SourceError where there is none."""
+    return _files(corpus.path, _FILE_FORMATS[corpus.format].endings)
+
+
 def read_documents(
     records: Iterable[Record],
     report: RecordReport,
@@ -174,7 +179,7 @@ def _file_source(corpus: CorpusConfig, max_document_bytes: int) -> Source:
     if corpus.format == "huggingface":
         files = _huggingface_files(_existing(corpus.path), corpus.split)
     else:
-        files = _files(corpus.path, _FILE_FORMATS[corpus.format].endings)
+        files = files_of(corpus)
     status = [file.stat() for file in files]
     sizes = [each.st_size for each in status]
     return Source(

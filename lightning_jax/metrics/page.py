@@ -204,13 +204,21 @@ def _samples(run: _Run) -> str:
 
     def at(step: int) -> str:
         return "".join(
-            f'<pre><span class="prompt">{escape(sample["prompt"])}</span>{escape(sample["text"])}</pre>'
+            f'<pre><span class="prompt">{escape(sample["prompt"])}</span>{escape(sample["text"])}</pre>{_worth(sample)}'
             for sample in run.samples
             if sample["step"] == step
         )
 
     earlier = "".join(f"<details><summary>Step {step:,}</summary>{at(step)}</details>" for step in steps[1:])
     return f'<h2>Samples</h2><p class="faint">Step {steps[0]:,}; the prompt is in grey.</p>{at(steps[0])}{earlier}'
+
+
+def _worth(sample: Mapping[str, Any]) -> str:
+    """What a completion of reinforcement learning was rewarded with, and why."""
+    if "reward" not in sample:
+        return ""
+    facts = f"reward {sample['reward']:g} ({sample['reason']}), advantage {sample['advantage']:.3g}"
+    return f'<p class="faint">{escape(facts)}</p>'
 
 
 def _events(run: _Run) -> str:

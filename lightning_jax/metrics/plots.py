@@ -1,5 +1,6 @@
 """The report's plots, as SVG that takes its text colour from the page."""
 
+import functools
 import io
 import itertools
 import re
@@ -23,6 +24,21 @@ _POINTS = 1500  # most points of a curve, and
 _COLUMNS = 300  # most columns of a heat map: more would only make the file larger
 
 
+# Of reinforcement learning: a metric, the heading of its curve, and what it is.
+_REINFORCEMENT = (
+    ("reward", "Reward", "Mean over the first prompts of each generation, before any are replaced."),
+    ("completion_tokens", "Length of completions", "In tokens, the mean of each generation."),
+    ("entropy", "Entropy", "Of the policy at the tokens it is trained on, in nats."),
+    ("clip_share", "Clipped tokens", "Share of tokens that the trust region leaves without gradient."),
+    (
+        "policy_change",
+        "Change within a generation",
+        "Divergence from the policy that made the rollouts, nats per token.",
+    ),
+    ("probability_correlation", "Agreement of rollouts and trainer", "Correlation of the probabilities they give."),
+)
+
+
 @dataclass(frozen=True)
 class Plot:
     """A figure with its heading and a sentence that says how to read it."""
@@ -44,6 +60,7 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
         lambda: _loss(records, unigram_entropy),
         lambda: _curve(records, "accuracy", "Preference accuracy", "Share of a batch's pairs told right."),
         lambda: _curve(records, "margin", "Preference margin", "Reward of the chosen chat less that of the rejected."),
+        *(functools.partial(_curve, records, *described) for described in _REINFORCEMENT),
         lambda: _learning_rate(records),
         lambda: _gradient_norm(records),
         lambda: _batch(records),

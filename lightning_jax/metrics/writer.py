@@ -16,6 +16,10 @@ Names that the console and the report know (all optional):
   validation_loss   {corpus: nats per token, or per pair}
   accuracy, margin  of preferences: share of pairs told right, and by how much on average
   validation_accuracy  {corpus: share of pairs told right}
+  reward            mean of a generation's rollouts, before prompts are replaced; with it in records of their own
+                    score, equal_reward_groups, completion_tokens, probability_correlation, refills, prompts, ...
+  entropy, clip_share, cap_share, kl, policy_change  of the policy at the trained tokens
+  validation_reward {corpus: mean reward of the likeliest completions of held-out prompts}
   timing            {seconds, tokens_per_second, milliseconds_per_step, mfu, memory_bytes}, see throughput.py
 """
 
@@ -41,7 +45,7 @@ EVENTS_FILE = "events.jsonl"
 _LINE_FILES = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
 TENSORBOARD_FOLDER = "tensorboard"
 
-EventKind = Literal["start", "resume", "checkpoint", "skipped_step", "preempted", "finish"]
+EventKind = Literal["start", "resume", "checkpoint", "skipped_step", "rollouts", "preempted", "finish"]
 
 _logger = logging.getLogger(__name__)
 
@@ -93,11 +97,11 @@ class MetricsWriter:
                 self._summary.add_scalar(tag, value, step)
         return record
 
-    def sample(self, step: int, *, stage: str, prompt: str, text: str) -> None:
-        """Appends a text that the model wrote after `prompt`."""
+    def sample(self, step: int, *, stage: str, prompt: str, text: str, **facts: str | float) -> None:
+        """Appends a text that the model wrote after `prompt`, and what else is known of it, as its reward."""
         if not self._active:
             return
-        self._append(SAMPLES_FILE, {"step": int(step), "stage": stage, "prompt": prompt, "text": text})
+        self._append(SAMPLES_FILE, {"step": int(step), "stage": stage, "prompt": prompt, "text": text, **facts})
         if self._summary is not None:
             self._summary.add_text("sample", textwrap.indent(prompt + text, "    ", lambda line: True), step)
 

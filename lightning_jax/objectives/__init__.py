@@ -1,13 +1,23 @@
 """What is minimised: functions of sums over tokens or pairs, so that no result depends on how a batch is split."""
 
-from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
+from lightning_jax.objectives.config import (
+    AdvantageConfig,
+    PolicyGradientConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+)
 from lightning_jax.objectives.next_token import NextToken, NextTokenSums
+from lightning_jax.objectives.policy_gradient import PolicyGradient, PolicyGradientSums
 from lightning_jax.objectives.preference import Preference, PreferenceSums
 from lightning_jax.objectives.reward import Reward, RewardSums
 
 __all__ = [
+    "AdvantageConfig",
     "NextToken",
     "NextTokenSums",
+    "PolicyGradient",
+    "PolicyGradientConfig",
+    "PolicyGradientSums",
     "Preference",
     "PreferenceConfig",
     "PreferenceSums",

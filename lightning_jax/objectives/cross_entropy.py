@@ -40,9 +40,24 @@ def cross_entropy_sum(
 def target_log_probs(
     hidden_BTD: jax.Array, weights_DV: jax.Array, targets_BT: jax.Array, chunk: int, logits_dtype: str
 ) -> jax.Array:
-    """log softmax(hidden @ weights)[target] of every token, [B, T] in at least fp32; arguments as `cross_entropy_sum`.
+    """log softmax(hidden @ weights)[target] of every token: the first of `log_probs_and_entropies`."""
+    return log_probs_and_entropies(hidden_BTD, weights_DV, targets_BT, chunk, logits_dtype)[0]
+
+
+def log_probs_and_entropies(
+    hidden_BTD: jax.Array,
+    weights_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    logits_dtype: str,
+    temperature: float | jax.Array = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(hidden @ weights / temperature)[target] and that softmax's entropy, which is without gradient.
 
     A chunk's logits are computed again in the backward pass, when what weighs each token is known.
+
+    Returns:
+        (log-probabilities, entropies) [B, T] in nats, at least fp32; arguments as `cross_entropy_sum`.
     """
     B, T, _ = hidden_BTD.shape
     wide = jnp.promote_types(logits_dtype, jnp.float32)
@@ -60,11 +75,16 @@ def target_log_probs(
             precision=precision,
             preferred_element_type=wide,
         )
+        logits_MV = logits_MV / temperature
         target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
-        return target_M - jax.nn.logsumexp(logits_MV, axis=-1)
+        logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
+        frozen_MV, frozen_M = jax.lax.stop_gradient((logits_MV, logsumexp_M))
+        mean_M = jnp.sum(jnp.exp(frozen_MV - frozen_M[:, None]) * frozen_MV, axis=-1)
+        return target_M - logsumexp_M, frozen_M - mean_M
 
-    log_prob_NM = jax.lax.map(one_chunk, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
-    return _together(log_prob_NM, B, chunk, T)
+    each_NM = jax.lax.map(one_chunk, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
+    log_prob_BT, entropy_BT = (_together(x_NM, B, chunk, T) for x_NM in each_NM)
+    return log_prob_BT, entropy_BT
 
 
 def _chunks(x_BTX: jax.Array, chunk: int) -> jax.Array:

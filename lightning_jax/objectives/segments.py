@@ -17,6 +17,11 @@ def segment_sums(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     return sums(values_BT, segment_ids_BT)[:, 1:]
 
 
+def of_tokens(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Every token's own segment's value [B, T], the inverse of `segment_sums`; the first segment's for padding."""
+    return jnp.take_along_axis(values_BT, jnp.maximum(segment_ids_BT - 1, 0), axis=1)
+
+
 def last_tokens(segment_ids_BT: jax.Array) -> jax.Array:
     """Whether a token is the last of its segment, bool [B, T]: by place, whatever token it is."""
     following_BT = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))

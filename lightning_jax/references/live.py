@@ -23,6 +23,17 @@ def live_reference(params: nnx.State, place: Place) -> tuple[Callable[[Batch], B
     Args:
       params: what is trained of the model; the reference itself at the stage's beginning.
     """
+    params, key = kept_params(params, place)
+    programs, log_probs = place.programs, place.programs.log_prob_step(place.stage)
+
+    def add(batch: Batch) -> Batch:
+        return batch | {REFERENCE: log_probs(programs.weights(params), batch)}
+
+    return add, key
+
+
+def kept_params(params: nnx.State, place: Place) -> tuple[nnx.State, Key]:
+    """What was trained of the model as the stage began, and its key; the same arguments as `live_reference`."""
     home, programs = place.folder / place.stage.name, place.programs
     if place.saved_key is None:
         params = jax.tree.map(jnp.copy, params)  # a step uses its own up
@@ -36,9 +47,4 @@ def live_reference(params: nnx.State, place: Place) -> tuple[Callable[[Batch], B
     key: Key = {"weights": fingerprint_of(params)}
     if place.saved_key not in (None, key):
         raise place.refusal(home, "is of other weights")
-    log_probs = programs.log_prob_step(place.stage)
-
-    def add(batch: Batch) -> Batch:
-        return batch | {REFERENCE: log_probs(programs.weights(params), batch)}
-
-    return add, key
+    return params, key

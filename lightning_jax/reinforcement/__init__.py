@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts into rollouts, rollouts into rewards and advantages, several updates on each."""

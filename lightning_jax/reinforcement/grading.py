@@ -1,0 +1,104 @@
+"""Completions to scores: the rewards that a config names, and what the end of a completion costs.
+
+Sources: the overlong penalty, DAPO (arXiv 2503.14476) equation 13; a reward in place of an unfinished completion's,
+Tulu 3 (arXiv 2411.15124) section 6.
+
+Shapes: P prompts, G completions of each.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lightning_jax.config import nearest_name
+from lightning_jax.errors import UserError
+from lightning_jax.generation import Completion as Sampled
+from lightning_jax.input_pipeline.prompts import Prompt
+from lightning_jax.reinforcement.config import RewardConfig
+from lightning_jax.rewards.combining import WeightedSum
+from lightning_jax.rewards.math_answers import MathReward, gsm8k_reward
+from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
+
+
+def _gsm8k(stack: contextlib.ExitStack) -> RewardFunction:
+    return gsm8k_reward
+
+
+def _math(stack: contextlib.ExitStack) -> RewardFunction:
+    return stack.enter_context(MathReward())
+
+
+REWARDS: dict[str, Callable[[contextlib.ExitStack], RewardFunction]] = {"gsm8k": _gsm8k, "math": _math}
+
+
+def open_rewards(config: RewardConfig, stack: contextlib.ExitStack) -> RewardFunction:
+    """The weighted sum that the config names; what it needs (processes) ends with the stack.
+
+    Raises:
+        UserError: a name that is no reward.
+    """
+    unknown = [name for name in config.weights if name not in REWARDS]
+    if unknown:
+        lines = [f"rewards.weights.{name}: no such reward; {nearest_name(name, REWARDS)}" for name in unknown]
+        raise UserError("\n".join(lines))
+    return WeightedSum({name: (weight, REWARDS[name](stack)) for name, weight in config.weights.items()})
+
+
+class Grades(NamedTuple):
+    """What completions are worth."""
+
+    reward_PG: np.ndarray  # as the verifiers say, float64; NaN where they could not
+    score_PG: np.ndarray  # with what the end costs
+    reasons: list[list[str]]  # on process 0; "" on the others
+
+
+def grade(
+    function: RewardFunction,
+    config: RewardConfig,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Sampled]],
+    *,
+    max_new_tokens: int,
+) -> Grades:
+    """Grades the completions of each prompt; process 0 asks the verifiers, for clocks may tell processes apart."""
+    completions = [
+        Completion(
+            prompt=prompt.chat,
+            text=sampled.text or "",
+            tokens=len(sampled.ids),
+            finished=sampled.finish_reason == "stop",
+            record=prompt.record,
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+        for sampled in group
+    ]
+    first = jax.process_index() == 0
+    rewards: Sequence[Reward | None] = function(completions) if first else [None] * len(completions)
+    values = np.array([np.nan if reward is None or reward.score is None else reward.score for reward in rewards])
+    values = np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values
+    scores = [
+        shaped(value, config, completion.tokens, finished=completion.finished, max_new_tokens=max_new_tokens)
+        for value, completion in zip(values, completions, strict=True)
+    ]
+    shape = (len(groups), -1)
+    reasons = np.array(["" if reward is None else reward.reason for reward in rewards], object)
+    return Grades(values.reshape(shape), np.array(scores).reshape(shape), reasons.reshape(shape).tolist())
+
+
+def shaped(reward: float, config: RewardConfig, tokens: int, *, finished: bool, max_new_tokens: int) -> float:
+    """The score of a completion of so many tokens."""
+    score = reward
+    if not finished:
+        match config.unfinished:
+            case "replace":
+                score = config.unfinished_score
+            case "subtract":
+                score = reward - config.unfinished_score
+    if config.overlong_buffer:
+        over = tokens - (max_new_tokens - config.overlong_buffer)
+        score -= min(max(over / config.overlong_buffer, 0.0), 1.0)
+    return score

@@ -1,0 +1,85 @@
+"""The vocabulary in which configs/*.py describe reinforcement learning; every function names what it leaves open."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from lightning_jax.objectives.config import AdvantageConfig, PolicyGradientConfig
+
+
+def reinforcement(
+    policy_gradient: PolicyGradientConfig,
+    *,
+    advantages: AdvantageConfig,
+    rollouts: Mapping[str, int | float | str | bool],
+    rewards: Mapping[str, object],
+) -> ConfigDict:
+    """The section of a stage."""
+    return ConfigDict(
+        {
+            "policy_gradient": dataclasses.asdict(policy_gradient),
+            "advantages": dataclasses.asdict(advantages),
+            "rollouts": dict(rollouts),
+            "rewards": dict(rewards),
+        }
+    )
+
+
+def group_relative(*, std: str = "group", std_ddof: int = 1, std_epsilon: float = 1e-6) -> AdvantageConfig:
+    """GRPO's advantages; deviations below a thousandth are rounding."""
+    divides = std != "none"
+    return AdvantageConfig(
+        baseline="group",
+        std=std,
+        std_ddof=std_ddof if divides else 0,
+        std_epsilon=std_epsilon if divides else 0.0,
+        std_floor=1e-3,
+    )
+
+
+LEAVE_ONE_OUT = dataclasses.replace(group_relative(std="none"), baseline="leave_one_out")
+
+
+def rollouts(
+    *,
+    samples: int,
+    updates: int,
+    max_new_tokens: int,
+    slots: int,
+    dynamic_sampling: bool,
+    max_refills: int = 10,
+    mode: str = "fast",
+    repetition_tokens: int = 0,
+    decode_steps: int = 32,
+    prefill_tokens: int = 256,
+) -> dict[str, int | float | str | bool]:
+    """Rollouts at temperature 1; ten refills are those of DAPO's published script."""
+    return {
+        "mode": mode,
+        "samples": samples,
+        "updates": updates,
+        "max_new_tokens": max_new_tokens,
+        "temperature": 1.0,
+        "repetition_tokens": repetition_tokens,
+        "repetition_probability": 0.99,
+        "slots": slots,
+        "prefill_tokens": prefill_tokens,
+        "decode_steps": decode_steps,
+        "dynamic_sampling": dynamic_sampling,
+        "max_refills": max_refills if dynamic_sampling else 0,
+        "correlation_alarm": 0.99,
+        "logged_prompts": 1,
+    }
+
+
+def rewards(
+    *, unfinished: str = "keep", unfinished_score: float = 0.0, overlong_buffer: int = 0, **weights: float
+) -> dict[str, object]:
+    """The weighted sum of rewards by their names."""
+    return {
+        "weights": weights,
+        "unfinished": unfinished,
+        "unfinished_score": unfinished_score,
+        "overlong_buffer": overlong_buffer,
+    }

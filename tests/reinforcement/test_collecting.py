@@ -1,0 +1,177 @@
+"""Dynamic sampling refills, gives up and says so; what is measured is not what was selected."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from lightning_jax.config import MixtureConfig
+from lightning_jax.generation import Completion
+from lightning_jax.input_pipeline.prompts import Prompt, Prompts
+from lightning_jax.input_pipeline.sources import RecordReport
+from lightning_jax.objectives import algorithms
+from lightning_jax.objectives.policy_gradient import ADVANTAGES, RECORDED, REFERENCE
+from lightning_jax.reinforcement.collecting import Collector
+from lightning_jax.reinforcement.config import ReinforcementConfig, RewardConfig, RolloutConfig
+from lightning_jax.reinforcement.recipes import group_relative, rollouts
+from lightning_jax.rewards.reward import Reward
+
+NUM_PROMPTS, SAMPLES, UPDATES, ROWS, LENGTH = 12, 2, 2, 4, 16
+ROLLOUTS = RolloutConfig(**rollouts(samples=SAMPLES, updates=UPDATES, max_new_tokens=8, slots=4, dynamic_sampling=True))
+SETTINGS = ReinforcementConfig(
+    policy_gradient=algorithms.cispo(),
+    advantages=group_relative(),
+    rollouts=dataclasses.replace(ROLLOUTS, max_refills=2),
+    rewards=RewardConfig(weights={}, unfinished="keep", unfinished_score=0.0, overlong_buffer=0),
+)
+PROMPTS = Prompts(
+    "digits",
+    0,
+    tuple(Prompt((1, number + 2), ({"role": "user", "content": str(number)},), {}) for number in range(NUM_PROMPTS)),
+    (),
+    RecordReport(),
+)
+
+
+class Programs:
+    """Whose trainer is `gap` nats away from what made the rollouts."""
+
+    def __init__(self, gap=0.0):
+        self.gap = gap
+
+    def policy_log_prob_step(self, stage):
+        return None
+
+    def by_rows(self, stage, step, params, rows):
+        if params == "reference":
+            return rows[RECORDED] - 0.5
+        sign = np.where(np.arange(rows[RECORDED].size).reshape(rows[RECORDED].shape) % 2, 1, -1)
+        return rows[RECORDED] + self.gap * sign
+
+
+def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0):
+    """A policy whose first completion of a prompt is right and whose second is wrong, but for hopeless prompts."""
+
+    def reward(completions):
+        return [Reward(float(each.text == "right"), each.text) for each in completions]
+
+    stage = types.SimpleNamespace(
+        name="rl",
+        config=types.SimpleNamespace(
+            reinforcement=settings,
+            context_length=LENGTH,
+            mixture=MixtureConfig(start={"digits": 1.0}, end={"digits": 1.0}, packing="one_per_row"),
+            rope_theta=1e4,
+        ),
+        batch_sizes=types.SimpleNamespace(rows=lambda step: ROWS, num_steps=8),
+    )
+    tokenizer = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+
+    @dataclasses.dataclass(frozen=True)
+    class Model:
+        rope_theta: float = 1e4
+
+    config = types.SimpleNamespace(seed=seed, model=Model())
+    made = Collector(config, stage, {"digits": PROMPTS}, tokenizer, programs or Programs(), reward)
+    rng = np.random.default_rng(0)
+
+    def completions(params, prompts, sampling):
+        return [
+            [
+                Completion(
+                    place,
+                    sample,
+                    [5] * (sample + 2),
+                    (-rng.exponential(1.0, sample + 2)).tolist(),
+                    "stop",
+                    "right" if sample == 0 and prompt.ids[1] - 2 not in hopeless else "wrong",
+                )
+                for sample in range(sampling.samples)
+            ]
+            for place, prompt in enumerate(prompts)
+        ]
+
+    made._completions = completions
+    return made
+
+
+def asked(rows):
+    """The prompts of the rows, one of each group."""
+    return (rows["inputs"][::SAMPLES, 1] - 2).tolist()
+
+
+def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
+    collected = collector().collect(0, 0, "policy")
+    assert collected.rows["inputs"].shape == (UPDATES * ROWS, LENGTH)
+    assert collected.next_prompt == UPDATES * ROWS // SAMPLES
+    first, second = (collected.rows[ADVANTAGES][row].sum() for row in (0, 1))
+    assert first == pytest.approx(2 * 0.7071, rel=1e-3)
+    assert second == pytest.approx(3 * -0.7071, rel=1e-3)
+    assert collected.metrics["reward"] == 0.5
+    assert collected.metrics["completion_tokens"] == 2.5
+    assert not collected.warnings
+
+
+def test_prompts_with_equal_rewards_are_replaced_by_the_next_ones():
+    order = asked(collector().collect(0, 0, "policy").rows) + asked(collector().collect(1, 4, "policy").rows)
+    collected = collector(hopeless=order[1:3]).collect(0, 0, "policy")
+    assert asked(collected.rows) == [order[0], order[3], order[4], order[5]]
+    assert (collected.next_prompt, collected.metrics["refills"]) == (6, 1)
+    assert collected.rows["loss_mask"].any(axis=1).all()
+    assert collected.metrics["reward"] == 0.25  # of the first four prompts, whatever was put in their place
+    assert collected.metrics["equal_reward_groups"] == 0.5
+
+
+def test_refills_end_and_what_teaches_nothing_counts_nowhere():
+    order = asked(collector().collect(0, 0, "policy").rows)
+    collected = collector(hopeless=set(range(NUM_PROMPTS)) - {order[0]}).collect(0, 0, "policy")
+    assert collected.metrics["refills"] == 2
+    assert collected.next_prompt == 4 + 3 + 3
+    assert collected.rows["loss_mask"].any(axis=1).tolist() == [True] * 2 + [False] * 6
+    (warning,) = collected.warnings
+    assert "after 2 refills 3 of 4 prompts still have completions of equal reward" in warning
+
+
+def test_without_dynamic_sampling_every_completion_counts():
+    settings = dataclasses.replace(
+        SETTINGS, rollouts=dataclasses.replace(ROLLOUTS, dynamic_sampling=False, max_refills=0)
+    )
+    collected = collector(settings, hopeless=range(NUM_PROMPTS)).collect(0, 0, "policy")
+    assert collected.rows["loss_mask"].any(axis=1).all()
+    assert not collected.rows[ADVANTAGES].any()
+    assert (collected.next_prompt, collected.warnings) == (4, [])
+
+
+def test_every_pass_asks_every_prompt_once_and_the_seed_decides_the_order():
+    prompts = [asked(collector().collect(generation, 4 * generation, "policy").rows) for generation in range(3)]
+    assert sorted(np.concatenate(prompts)) == list(range(NUM_PROMPTS))
+    assert asked(collector(seed=1).collect(0, 0, "policy").rows) != prompts[0]
+
+
+def test_the_divergence_in_the_reward_is_taken_off_by_the_token():
+    policy_gradient = dataclasses.replace(
+        SETTINGS.policy_gradient, kl_coefficient=0.1, kl_in="reward", kl_estimator="k1"
+    )
+    advantages = group_relative(std="none")
+    settings = dataclasses.replace(SETTINGS, policy_gradient=policy_gradient, advantages=advantages)
+    rows = collector(settings).collect(0, 0, "policy", "reference").rows
+    # 1 - 0.1 * 0.5 * 2 tokens against 0 - 0.1 * 0.5 * 3 tokens.
+    np.testing.assert_allclose(rows[ADVANTAGES][0][rows["loss_mask"][0]], (0.9 + 0.15) / 2, rtol=1e-5)
+    assert REFERENCE in rows
+
+
+def test_an_alarm_is_raised_where_rollouts_and_trainer_disagree():
+    assert not collector().collect(0, 0, "policy").warnings
+    collected = collector(programs=Programs(gap=1.0)).collect(0, 0, "policy")
+    (warning,) = collected.warnings
+    assert "probabilities of rollouts and trainer correlate by 0." in warning
+    assert collected.metrics["probability_correlation"] < 0.99
+
+
+def test_samples_say_what_they_were_worth_and_why():
+    settings = dataclasses.replace(SETTINGS, rollouts=dataclasses.replace(ROLLOUTS, logged_prompts=2))
+    samples = collector(settings).collect(0, 0, "policy").samples
+    assert len(samples) == 2 * SAMPLES
+    assert (samples[0]["reward"], samples[0]["reason"], samples[0]["text"]) == (1.0, "right", "right")
+    assert samples[1]["advantage"] == pytest.approx(-0.7071, rel=1e-3)
