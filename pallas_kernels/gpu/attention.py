@@ -13,7 +13,7 @@ from pallas_kernels.gpu.backward import backward
 from pallas_kernels.gpu.chunk import find_borders
 from pallas_kernels.gpu.forward import sweep
 from pallas_kernels.gpu.pieces import entering_states
-from pallas_kernels.gpu.plans import CHUNK, TILE_ROWS, Plan, choose_plan, obstacle_of_inputs
+from pallas_kernels.gpu.plans import CHUNK, TILE_ROWS, Plans, choose_plans, obstacle_of_inputs
 
 
 def lightning_attention(
@@ -41,41 +41,41 @@ def lightning_attention(
     if length % TILE_ROWS:
         padding = ((0, 0), (0, -length % TILE_ROWS), (0, 0), (0, 0))
         q_BTHK, k_BTHK, v_BTHV = (jnp.pad(x, padding) for x in (q_BTHK, k_BTHK, v_BTHV))
-    plan = choose_plan(batch, length, heads, key_dim)
-    o_BTHV, final_state_BHKV = lightning_attention_by_plan(
-        q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plan
+    plans = choose_plans(batch, length, heads, key_dim)
+    o_BTHV, final_state_BHKV = lightning_attention_by_plans(
+        q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plans
     )
     return o_BTHV[:, :length], final_state_BHKV
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def lightning_attention_by_plan(
+def lightning_attention_by_plans(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
     log_decay_H: jax.Array,
     segment_ids_BT: jax.Array | None,
     initial_state_BHKV: jax.Array,
-    plan: Plan,
+    plans: Plans,
 ) -> tuple[jax.Array, jax.Array]:
-    """T is the plan's length rounded up to whole tiles; what lies behind it is zero.
+    """T is the plans' length rounded up to whole tiles; what lies behind it is zero.
 
     Operands of matmuls are bf16; sums, decays and states are fp32. `log_decay_H` has no gradient.
     """
-    outputs, _ = _run_forward(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plan)
+    outputs, _ = _run_forward(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plans)
     return outputs
 
 
-def _run_forward(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plan):
+def _run_forward(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, initial_state_BHKV, plans):
     operands = k_BTHK, v_BTHV, log_decay_H, find_borders(segment_ids_BT)
-    states_BPHKV = entering_states(*operands, initial_state_BHKV, plan=plan)
-    o_BTHV, leaving_BPHKV = sweep(q_BTHK, *operands, states_BPHKV, plan=plan)
+    states_BPHKV = entering_states(*operands, initial_state_BHKV, plan=plans.forward)
+    o_BTHV, leaving_BPHKV = sweep(q_BTHK, *operands, states_BPHKV, plan=plans.forward)
     return (o_BTHV, leaving_BPHKV[:, -1]), (q_BTHK, *operands, states_BPHKV)
 
 
-def _run_backward(plan, residuals, cotangents):
-    dq_BTHK, dk_BTHK, dv_BTHV, d_initial_state_BHKV = backward(*residuals, *cotangents, plan=plan)
+def _run_backward(plans, residuals, cotangents):
+    dq_BTHK, dk_BTHK, dv_BTHV, d_initial_state_BHKV = backward(*residuals, *cotangents, plans=plans)
     return dq_BTHK, dk_BTHK, dv_BTHV, None, None, d_initial_state_BHKV
 
 
-lightning_attention_by_plan.defvjp(_run_forward, _run_backward)
+lightning_attention_by_plans.defvjp(_run_forward, _run_backward)

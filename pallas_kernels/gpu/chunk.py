@@ -1,7 +1,6 @@
 """What the GPU kernels share: shared memory as matmuls read it, a chunk's powers of λ, borders between documents.
 
-Source: Lightning Attention-2 (arXiv 2401.04658) algorithms 1 and 2; the decays are those of MiniMax-01 (arXiv
-2501.08313) section 2.2, each λ to a power ≥ 0.
+Source: Lightning Attention-2 (arXiv 2401.04658) algorithms 1 and 2, with every decay as λ to a power ≥ 0.
 Shapes: B batch, T sequence, C chunk length (i its rows, j its columns), S tokens of whole chunks.
 """
 
@@ -11,7 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.plans import CHUNK
+from pallas_kernels.gpu.plans import CHUNK, SHARED_MEMORY, Plan
+
+# Axes of the grid, and of the warpgroups in a thread block; meshes around the kernels have other names.
+HEAD, PIECE, COLUMNS, WARPGROUP = "kernel_head", "kernel_piece", "kernel_columns", "kernel_warpgroup"
+MOST_STAGES = 4  # chunks in shared memory: the one that is computed, and those that are loaded meanwhile
 
 MATRIX = plgpu.Layout.WGMMA  # how a warpgroup holds a matrix in registers
 ROWS = MATRIX.reduce(1)  # and one number per row of it
@@ -22,6 +25,11 @@ def tiles(*shape: int, width: int):
     return plgpu.SMEM(
         shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
     )
+
+
+def most_stages(stage_bytes: int, kept_bytes: int) -> int:
+    """How many chunks fit into shared memory, beside what is there once."""
+    return min(MOST_STAGES, (SHARED_MEMORY - kept_bytes) // stage_bytes)
 
 
 def matmuls(*operands: tuple[jax.Ref, jax.Ref]) -> tuple[jax.Array, ...]:
@@ -65,6 +73,20 @@ def find_borders(segment_ids_BT: jax.Array | None) -> jax.Array | None:
 def power(log_decay: jax.Array, distance: jax.Array) -> jax.Array:
     # Clipped, since pairs and tokens that are masked afterwards must not overflow before.
     return jnp.exp(log_decay * jnp.maximum(distance, 0).astype(jnp.float32))
+
+
+class Piece:
+    """A piece of the sequence inside a kernel: its chunks, in the order in which the sweep comes to them."""
+
+    def __init__(self, plan: Plan, index: jax.Array, *, reverse: bool):
+        chunks = pl.cdiv(plan.length, CHUNK)
+        most = pl.cdiv(chunks, plan.pieces)
+        self.reverse, self.first_chunk = reverse, index * most
+        self.steps = jnp.minimum(most, chunks - self.first_chunk)
+
+    def start(self, step: jax.Array) -> jax.Array:
+        """The first token of the chunk of a step."""
+        return (self.first_chunk + (self.steps - 1 - step if self.reverse else step)) * CHUNK
 
 
 class Chunk:

@@ -14,13 +14,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.chunk import MATRIX, Chunk, across_columns, decays_within, matmuls, tiles, transpose
-from pallas_kernels.gpu.plans import CHUNK, SHARED_MEMORY, WARPGROUPS, Plan
+from pallas_kernels.gpu.chunk import (
+    COLUMNS,
+    HEAD,
+    MATRIX,
+    PIECE,
+    WARPGROUP,
+    Chunk,
+    Piece,
+    across_columns,
+    decays_within,
+    matmuls,
+    most_stages,
+    tiles,
+    transpose,
+)
+from pallas_kernels.gpu.plans import CHUNK, WARPGROUPS, Plan
 from pallas_kernels.varying import vary_like
-
-# Axes of the grid, and of the warpgroups in a thread block; meshes around the kernel have other names.
-HEAD, PIECE, COLUMNS, WARPGROUP = "kernel_head", "kernel_piece", "kernel_columns", "kernel_warpgroup"
-MOST_STAGES = 4  # chunks loaded ahead
 
 
 def sweep(
@@ -59,7 +69,7 @@ def sweep(
     kept_bytes = 2 * CHUNK * columns
     if outputs:
         kept_bytes += 2 * (columns * (CHUNK + key_columns) + WARPGROUPS * CHUNK * CHUNK)
-    stages = min(MOST_STAGES, (SHARED_MEMORY - kept_bytes) // stage_bytes)
+    stages = most_stages(stage_bytes, kept_bytes)
     o_BTHV, leaving_BPHKV = plgpu.kernel(
         partial(_kernel, plan=plan, heads=heads, stages=stages, reverse=reverse),
         out_type=(
@@ -68,7 +78,7 @@ def sweep(
         ),
         grid=(batch * heads, plan.pieces, value_columns // columns),
         grid_names=(HEAD, PIECE, COLUMNS),
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS,
         thread_name=WARPGROUP,
         scratch_types={
             "q": matrices(stages, CHUNK, key_columns) if outputs else None,
@@ -117,98 +127,81 @@ def _kernel(
 ):
     """In shared memory: `q`, `k`, `v`, `borders` of each stage; the rest of each warpgroup."""
     b, h = lax.div(lax.axis_index(HEAD), heads), lax.rem(lax.axis_index(HEAD), heads)
-    piece = lax.axis_index(PIECE)
-    warpgroup = lax.axis_index(WARPGROUP)
+    p, warpgroup = lax.axis_index(PIECE), lax.axis_index(WARPGROUP)
+    piece = Piece(plan, p, reverse=reverse)
     first_column = lax.axis_index(COLUMNS) * WARPGROUPS * plan.columns
-    chunks = pl.cdiv(plan.length, CHUNK)
-    chunks_of_piece = pl.cdiv(chunks, plan.pieces)
-    first_chunk = piece * chunks_of_piece
-    steps = jnp.minimum(chunks_of_piece, chunks - first_chunk)
 
-    def start(step):
-        return (first_chunk + (steps - 1 - step if reverse else step)) * CHUNK
-
-    # Three warpgroups of 128 threads have 168 registers per thread at launch, and trade them. Those that compute need
-    # more the larger the state, the one that loads would like 40.
-    registers_to_load = 40 if k.shape[-1] * plan.columns < 128 * 64 else 24
-    registers_to_compute = (3 * 168 - registers_to_load) // 2
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _():
+    def load(step):
+        stage, tokens = lax.rem(step, stages), pl.ds(piece.start(step), CHUNK)
+        all_columns = pl.ds(p * 0, k.shape[-1])
         if q is not None:
-            plgpu.set_max_registers(registers_to_load, action="decrease")
+            plgpu.copy_gmem_to_smem(q_BTHK.at[b, tokens, h, all_columns], q.at[stage], loaded.at[stage])
+        plgpu.copy_gmem_to_smem(k_BTHK.at[b, tokens, h, all_columns], k.at[stage], loaded.at[stage])
+        own_columns = pl.ds(first_column, v.shape[-1])
+        plgpu.copy_gmem_to_smem(v_BTHV.at[b, tokens, h, own_columns], v.at[stage], loaded.at[stage])
+        if borders is not None:
+            plgpu.copy_gmem_to_smem(borders_B2S.at[b, :, tokens], borders.at[stage], loaded.at[stage])
 
-        def load(step, _):
-            stage, tokens = lax.rem(step, stages), pl.ds(start(step), CHUNK)
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(used.at[stage])
-
-            all_columns = pl.ds(piece * 0, k.shape[-1])
-            if q is not None:
-                plgpu.copy_gmem_to_smem(q_BTHK.at[b, tokens, h, all_columns], q.at[stage], loaded.at[stage])
-            plgpu.copy_gmem_to_smem(k_BTHK.at[b, tokens, h, all_columns], k.at[stage], loaded.at[stage])
-            own_columns = pl.ds(first_column, v.shape[-1])
-            plgpu.copy_gmem_to_smem(v_BTHV.at[b, tokens, h, own_columns], v.at[stage], loaded.at[stage])
-            if borders is not None:
-                plgpu.copy_gmem_to_smem(borders_B2S.at[b, :, tokens], borders.at[stage], loaded.at[stage])
-
-        lax.fori_loop(0, steps, load, None)
-
-        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    @pl.when(warpgroup == 0)
+    def _():
+        @pl.loop(0, jnp.minimum(stages, piece.steps))
         def _(step):
-            plgpu.barrier_wait(used.at[lax.rem(step, stages)])
+            load(step)
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def _():
-        if q is not None:
-            plgpu.set_max_registers(registers_to_compute, action="increase")
-        log_decay = log_decay_H[h]
-        decays_CC = decays_within(log_decay, reverse=reverse)
-        columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)
+    def leave(step):
+        plgpu.barrier_arrive(used.at[lax.rem(step, stages)])
 
-        def advance(step, state_KW):
-            stage = lax.rem(step, stages)
-            plgpu.barrier_wait(loaded.at[stage])
-            borders_2C = None if borders is None else borders.at[stage]
-            chunk = Chunk(log_decay, start(step), plan.length, borders_2C, reverse=reverse)
-            v_CW = v.at[stage, :, pl.ds(warpgroup * plan.columns, plan.columns)]
-            leaving_CW = across_columns(chunk.leaving(), plan.columns)
-            decayed_v[warpgroup] = (plgpu.load(v_CW, layout=MATRIX) * leaving_CW).astype(jnp.bfloat16)
-            to_state = transpose(k.at[stage]), decayed_v.at[warpgroup]
-            # All that is read of a stage is read before the fence of commit_smem, which orders it against the copies to
-            # come.
-            across = chunk.across()
-            if q is None:
-                plgpu.commit_smem()
-                (added_KW,) = matmuls(to_state)
-                state_KW = across * state_KW + added_KW
-                plgpu.barrier_arrive(used.at[stage])
-                return state_KW
-            entering_CW = across_columns(chunk.entering(), plan.columns)
-            (scores_CC,) = matmuls((q.at[stage], transpose(k.at[stage])))
-            scores[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
+        # The stage of the chunk before: the other warpgroup may still be at this one.
+        @pl.when((warpgroup == 0) & (step > 0) & (step - 1 + stages < piece.steps))
+        def _():
+            plgpu.barrier_wait(used.at[lax.rem(step - 1, stages)])
+            load(step - 1 + stages)
+
+    log_decay = log_decay_H[h]
+    decays_CC = decays_within(log_decay, reverse=reverse)
+    columns = pl.ds(first_column + warpgroup * plan.columns, plan.columns)
+
+    def advance(step, state_KW):
+        stage = lax.rem(step, stages)
+        plgpu.barrier_wait(loaded.at[stage])
+        borders_2C = None if borders is None else borders.at[stage]
+        chunk = Chunk(log_decay, piece.start(step), plan.length, borders_2C, reverse=reverse)
+        v_CW = v.at[stage, :, pl.ds(warpgroup * plan.columns, plan.columns)]
+        leaving_CW = across_columns(chunk.leaving(), plan.columns)
+        decayed_v[warpgroup] = (plgpu.load(v_CW, layout=MATRIX) * leaving_CW).astype(jnp.bfloat16)
+        to_state = transpose(k.at[stage]), decayed_v.at[warpgroup]
+        # All that is read of a stage is read before the fence of commit_smem, which orders it against the copies to
+        # come.
+        across = chunk.across()
+        if q is None:
             plgpu.commit_smem()
-            from_chunk_CW, from_state_CW = matmuls((scores.at[warpgroup], v_CW), (q.at[stage], state.at[warpgroup]))
-            o_CW = from_chunk_CW + entering_CW * from_state_CW
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o[warpgroup] = o_CW.astype(jnp.bfloat16)
             (added_KW,) = matmuls(to_state)
             state_KW = across * state_KW + added_KW
-            plgpu.barrier_arrive(used.at[stage])
-            state[warpgroup] = state_KW.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o.at[warpgroup], o_BTHV.at[b, pl.ds(start(step), CHUNK), h, columns])
+            leave(step)
             return state_KW
+        entering_CW = across_columns(chunk.entering(), plan.columns)
+        (scores_CC,) = matmuls((q.at[stage], transpose(k.at[stage])))
+        scores[warpgroup] = chunk.within(scores_CC, decays_CC).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        from_chunk_CW, from_state_CW = matmuls((scores.at[warpgroup], v_CW), (q.at[stage], state.at[warpgroup]))
+        o_CW = from_chunk_CW + entering_CW * from_state_CW
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o[warpgroup] = o_CW.astype(jnp.bfloat16)
+        (added_KW,) = matmuls(to_state)
+        state_KW = across * state_KW + added_KW
+        leave(step)
+        state[warpgroup] = state_KW.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o.at[warpgroup], o_BTHV.at[b, pl.ds(piece.start(step), CHUNK), h, columns])
+        return state_KW
 
-        if entering_BPHKV is None:
-            state_KW = plgpu.layout_cast(jnp.zeros((k.shape[-1], plan.columns), jnp.float32), MATRIX)
-        else:
-            # Times one, so that in shard_map it has the type of the states to come, which vary over no mesh axis.
-            state_KW = 1.0 * plgpu.load(entering_BPHKV.at[b, piece, h, :, columns], layout=MATRIX, optimized=False)
-        if q is not None:
-            state[warpgroup] = state_KW.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-        leaving_BPHKV[b, piece, h, :, columns] = lax.fori_loop(0, steps, advance, state_KW)
-        plgpu.wait_smem_to_gmem(0)
+    if entering_BPHKV is None:
+        state_KW = plgpu.layout_cast(jnp.zeros((k.shape[-1], plan.columns), jnp.float32), MATRIX)
+    else:
+        # Times one, so that in shard_map it has the type of the states to come, which vary over no mesh axis.
+        state_KW = 1.0 * plgpu.load(entering_BPHKV.at[b, p, h, :, columns], layout=MATRIX, optimized=False)
+    if q is not None:
+        state[warpgroup] = state_KW.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+    leaving_BPHKV[b, p, h, :, columns] = lax.fori_loop(0, piece.steps, advance, state_KW)
+    plgpu.wait_smem_to_gmem(0)

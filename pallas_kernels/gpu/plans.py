@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 CHUNK = 64  # tokens of a chunk: the rows of one matmul instruction
 WARPGROUPS = 2  # of a thread block that compute, so that one uses the matmul unit while the other does not
@@ -19,11 +20,16 @@ OLDEST_JAX = (0, 11)
 
 
 class Plan(NamedTuple):
-    """How the heads of all rows become thread blocks: B * H * P times the blocks of V's columns."""
+    """How the heads of all rows become thread blocks of one sweep: B * H * P times the blocks of V's columns."""
 
     length: int  # T
     columns: int  # of V that one warpgroup computes: 32 or 64, as wide as a tile in shared memory
     pieces: int  # of the sequence, swept at the same time
+
+
+class Plans(NamedTuple):
+    forward: Plan  # of o, of dq, and where there is no other of dk and of dv
+    reverse: Plan | None  # of dk and dv in one sweep
 
 
 def obstacle(key_dim: int, value_dim: int, dtype: jnp.dtype) -> str | None:
@@ -45,18 +51,25 @@ def obstacle_of_inputs(key_dim: int, value_dim: int, dtype: jnp.dtype) -> str | 
     return None
 
 
-def choose_plan(batch: int, length: int, heads: int, head_dim: int) -> Plan:
-    """Of the plans that leave few multiprocessors idle, the one that reads the least.
+def choose_plans(batch: int, length: int, heads: int, head_dim: int) -> Plans:
+    """Of the plans that leave few multiprocessors idle, those that read the least.
 
     All columns of V in one thread block read q and k once; each further block of the same head reads them again, mostly
-    from the L2 cache. Pieces of the sequence read k and v twice, once for the states that enter them.
+    from the L2 cache. Pieces of the sequence read k and v twice, once for the states that enter them. The sweep of dk
+    and dv has all columns of a head in one thread block, since dk sums over them.
     """
-    rows = batch * heads
+    rows, chunks = batch * heads, pl.cdiv(length, CHUNK)
     # A head of 64 dims has no more columns, one of 256 would need more registers and shared memory.
-    columns = 64 if head_dim in (96, 128) and rows >= MULTIPROCESSORS else 32
-    blocks = rows * -(-head_dim // (WARPGROUPS * columns))
-    chunks = -(-length // CHUNK)
+    most_columns = 64 if head_dim in (96, 128) else 32
+    columns = most_columns if rows >= MULTIPROCESSORS else 32
+    forward = Plan(length, columns, _pieces(rows * pl.cdiv(head_dim, WARPGROUPS * columns), chunks))
+    if head_dim > WARPGROUPS * most_columns:
+        return Plans(forward, None)
+    return Plans(forward, Plan(length, most_columns, _pieces(rows, chunks)))
+
+
+def _pieces(blocks: int, chunks: int) -> int:
+    """So many that they fill the multiprocessors left idle by `blocks` of the whole sequence."""
     # A piece shorter than 8 chunks would spend its time on loading and storing states.
     pieces = max(1, min(MULTIPROCESSORS // blocks, chunks // 8))
-    chunks_of_piece = -(-chunks // pieces)
-    return Plan(length, columns, -(-chunks // chunks_of_piece))
+    return pl.cdiv(chunks, pl.cdiv(chunks, pieces))

@@ -2,7 +2,7 @@
 
 Source: Lightning Attention-2 (arXiv 2401.04658) algorithm 2.
 Shapes: B batch, T sequence, H heads, K key dim, V value dim, N chunks, C chunk length (i, j its queries and keys),
-h heads of one block, A = H * K, U = H * V.
+h heads of one block, A = H * K, U = H * V. Behind a chunk's C, K and V are those of all heads computed together.
 """
 
 from functools import partial
@@ -21,6 +21,7 @@ from pallas_kernels.tpu.chunk import (
     decays_within,
     matmul,
 )
+from pallas_kernels.tpu.lanes import block, diagonal, heads_together, of_one, on_diagonal, side_by_side
 from pallas_kernels.varying import shape_like
 
 
@@ -50,8 +51,9 @@ def backward(
     state = pl.BlockSpec((1, heads, key_dim, value_dim), lambda b, h, n: (b, h, 0, 0))
     states = pl.BlockSpec((1, 1, heads, key_dim, value_dim), lambda b, h, n: (b, reverse(n), h, 0, 0))
     operands = (grid.per_head(log_decay_H), borders, q_BTA, k_BTA, v_BTU, states_BNHKV, do_BTU, d_final_state_BHKV)
+    groups = heads_together(heads, key_dim, value_dim)
     return pl.pallas_call(
-        partial(_kernel, grid=grid),
+        partial(_kernel, grid=grid, groups=groups),
         name="lightning_attention_backward",
         grid=grid.steps,
         in_specs=(
@@ -72,7 +74,7 @@ def backward(
             shape_like(d_final_state_BHKV.shape, jnp.float32, q_BTA),
         ),
         scratch_shapes=(
-            pltpu.VMEM((heads, key_dim, value_dim), jnp.float32),
+            [pltpu.VMEM((len(group) * key_dim, len(group) * value_dim), jnp.float32) for group in groups],
             pltpu.VMEM((heads, chunk, chunk), jnp.float32),
         ),
         compiler_params=compiler_params(),
@@ -80,38 +82,64 @@ def backward(
 
 
 def _kernel(
-    log_decay, borders, q, k, v, states, do, d_final_state, dq, dk, dv, d_initial_state, d_state, within, *, grid
+    log_decay,
+    borders,
+    q,
+    k,
+    v,
+    states,
+    do,
+    d_final_state,
+    dq,
+    dk,
+    dv,
+    d_initial_state,
+    d_state,
+    within,
+    *,
+    grid,
+    groups,
 ):
     step = pl.program_id(2)
     first_head = pl.program_id(1) * grid.heads
-    key_dim, value_dim = d_state.shape[1:]
+    key_dim, value_dim = d_final_state.shape[2:]
 
     @pl.when(step == 0)
     def _():
-        d_state[...] = d_final_state[0]
+        for group, d_state_ref in zip(groups, d_state, strict=True):
+            d_state_ref[...] = diagonal([d_final_state[0, h] for h in group])
         for h in range(grid.heads):
             within[h] = decays_within(log_decay[0, first_head + h], grid.chunk)
 
-    chunk = Chunk(grid, grid.chunks - 1 - step, borders)
-    for h in range(grid.heads):
-        a = log_decay[0, first_head + h]
-        key_lanes, value_lanes = pl.ds(h * key_dim, key_dim), pl.ds(h * value_dim, value_dim)
-        q_CK, k_CK = chunk.rows(q[0, :, key_lanes]), chunk.rows(k[0, :, key_lanes])
-        v_CV, do_CV = chunk.rows(v[0, :, value_lanes]), chunk.rows(do[0, :, value_lanes])
-        dtype, state_KV, d_state_KV = q_CK.dtype, states[0, 0, h], d_state[h]
-        d_state_operand_KV, to_end_C1 = d_state_KV.astype(dtype), chunk.to_end(a)
-        decayed_do_CV = (chunk.from_start(a) * do_CV).astype(dtype)
+    chunk = Chunk(grid, grid.chunks - 1 - step, first_head, borders)
+    for group, d_state_ref in zip(groups, d_state, strict=True):
+        decays = [log_decay[0, first_head + h] for h in group]
+        q_CK, k_CK, v_CV, do_CV = (chunk.load(x, group) for x in (q, k, v, do))
+        dtype, d_state_KV = q_CK.dtype, d_state_ref[...]
+        state_KV, d_state_operand_KV = diagonal([states[0, 0, h] for h in group]), d_state_KV.astype(dtype)
+        from_start_CV = side_by_side([chunk.from_start(a) for a in decays], value_dim)
+        to_end = [chunk.to_end(a) for a in decays]
+        decayed_do_CV = (from_start_CV * do_CV).astype(dtype)
 
-        scores_CC = chunk.within(matmul(q_CK, k_CK, 1, 1), within[h]).astype(dtype)
-        d_scores_CC = chunk.within(matmul(do_CV, v_CV, 1, 1), within[h]).astype(dtype)
-        dq_CK = matmul(d_scores_CC, k_CK, 1, 0) + matmul(decayed_do_CV, state_KV, 1, 1)
-        dk_CK = matmul(d_scores_CC, q_CK, 0, 0) + to_end_C1 * matmul(v_CV, d_state_operand_KV, 1, 1)
-        dv_CV = matmul(scores_CC, do_CV, 0, 0) + to_end_C1 * matmul(k_CK, d_state_operand_KV, 1, 0)
-        dq[0, :, key_lanes] = dq_CK.astype(dq.dtype)
-        dk[0, :, key_lanes] = dk_CK.astype(dk.dtype)
-        dv[0, :, value_lanes] = dv_CV.astype(dv.dtype)
-        d_state[h] = chunk.across(a) * d_state_KV + matmul(q_CK, decayed_do_CV, 0, 0)
+        dq_CK = matmul(decayed_do_CV, state_KV, 1, 1)
+        dk_CK = side_by_side(to_end, key_dim) * matmul(v_CV, d_state_operand_KV, 1, 1)
+        dv_CV = side_by_side(to_end, value_dim) * matmul(k_CK, d_state_operand_KV, 1, 0)
+        for i, h in enumerate(group):
+            own_q_CK, own_k_CK, own_do_CV = (of_one(x, i, group) for x in (q_CK, k_CK, do_CV))
+            scores_CC = chunk.within(matmul(own_q_CK, k_CK, 1, 1), within[h]).astype(dtype)
+            d_scores_CC = chunk.within(matmul(own_do_CV, v_CV, 1, 1), within[h]).astype(dtype)
+            dq_CK += matmul(d_scores_CC, own_k_CK, 1, 0)
+            dk_CK += matmul(d_scores_CC, own_q_CK, 0, 0)
+            dv_CV += matmul(scores_CC, own_do_CV, 0, 0)
+        chunk.store(dq, group, dq_CK)
+        chunk.store(dk, group, dk_CK)
+        chunk.store(dv, group, dv_CV)
+        across_1V = side_by_side([chunk.across(a) for a in decays], value_dim)
+        added_KV = on_diagonal(matmul(q_CK, decayed_do_CV, 0, 0), group)
+        d_state_ref[...] = across_1V * d_state_KV + added_KV
 
     @pl.when(step == grid.chunks - 1)
     def _():
-        d_initial_state[0] = d_state[...]
+        for group, d_state_ref in zip(groups, d_state, strict=True):
+            for i, h in enumerate(group):
+                d_initial_state[0, h] = block(d_state_ref[...], i, group)

@@ -26,7 +26,7 @@ class Grid(NamedTuple):
     """How [B, T, H, ·] is cut: one step of the grid (B, head blocks, N) computes `chunk` tokens of `heads` heads.
 
     Neither need divide its axis. Heads beyond H compute on undefined numbers that are never stored; tokens beyond T
-    are zeroed by `Chunk.rows`.
+    are zeroed by `Chunk.load`.
     """
 
     batch: int
@@ -94,8 +94,8 @@ def decays_within(log_decay: jax.Array, chunk: int) -> jax.Array:
 class Chunk:
     """One chunk inside a kernel: which of its tokens exist and see each other, for all heads of the block."""
 
-    def __init__(self, grid: Grid, index: jax.Array, borders: Borders | None):
-        self.size = grid.chunk
+    def __init__(self, grid: Grid, index: jax.Array, first_head: jax.Array, borders: Borders | None):
+        self.grid, self.first_head, self.size = grid, first_head, grid.chunk
         has_tail = grid.length % grid.chunk != 0
         self.valid = jnp.minimum(grid.chunk, grid.length - index * grid.chunk) if has_tail else None
         self.i_C1 = _iota((grid.chunk, 1), 0)
@@ -104,9 +104,26 @@ class Chunk:
             self.entering, self.leaving = borders.reach_BN12[0, 0, 0, 0], borders.reach_BN12[0, 0, 0, 1]
             self.sees_CC = _iota((grid.chunk, grid.chunk), 0) <= borders.last_B1T[0]
 
-    def rows(self, x_CK: jax.Array) -> jax.Array:
-        """x, zero behind the sequence's end, where the block holds undefined numbers."""
-        return x_CK if self.valid is None else jnp.where(self.i_C1 < self.valid, x_CK, jnp.zeros_like(x_CK))
+    def load(self, x: jax.Ref, heads: range) -> jax.Array:
+        """[C, lanes of these heads]: zero where the block holds undefined numbers that would reach others.
+
+        Those are tokens behind the sequence's end, and the neighbour of the last head.
+        """
+        x_CW = x[0, :, self._lanes(x, heads)]
+        if self.valid is not None:
+            x_CW = jnp.where(self.i_C1 < self.valid, x_CW, jnp.zeros_like(x_CW))
+        if len(heads) > 1 and self.grid.num_heads % self.grid.heads % 2:
+            dim = x.shape[-1] // self.grid.heads
+            exist = _iota((1, x_CW.shape[1]), 1) < (self.grid.num_heads - self.first_head - heads.start) * dim
+            x_CW = jnp.where(exist, x_CW, jnp.zeros_like(x_CW))
+        return x_CW
+
+    def store(self, x: jax.Ref, heads: range, x_CW: jax.Array) -> None:
+        x[0, :, self._lanes(x, heads)] = x_CW.astype(x.dtype)
+
+    def _lanes(self, x, heads):
+        dim = x.shape[-1] // self.grid.heads
+        return pl.ds(heads.start * dim, len(heads) * dim)
 
     def within(self, scores_CC: jax.Array, decays_CC: jax.Array) -> jax.Array:
         """scores ⊙ M, without pairs of different documents."""

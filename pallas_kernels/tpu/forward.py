@@ -2,7 +2,7 @@
 
 Source: Lightning Attention-2 (arXiv 2401.04658) algorithm 1.
 Shapes: B batch, T sequence, H heads, K key dim, V value dim, N chunks, C chunk length (i, j its queries and keys),
-h heads of one block, A = H * K, U = H * V.
+h heads of one block, A = H * K, U = H * V. Behind a chunk's C, K and V are those of all heads computed together.
 """
 
 from functools import partial
@@ -21,6 +21,7 @@ from pallas_kernels.tpu.chunk import (
     decays_within,
     matmul,
 )
+from pallas_kernels.tpu.lanes import block, diagonal, heads_together, of_one, on_diagonal, side_by_side
 from pallas_kernels.varying import shape_like
 
 
@@ -49,8 +50,9 @@ def forward(
     states = pl.BlockSpec((1, 1, heads, key_dim, value_dim), lambda b, h, n: (b, n, h, 0, 0))
     states_shape = (batch, grid.chunks, num_heads, key_dim, value_dim)
     operands = (grid.per_head(log_decay_H), borders, q_BTA, k_BTA, v_BTU, initial_state_BHKV)
+    groups = heads_together(heads, key_dim, value_dim)
     return pl.pallas_call(
-        partial(_kernel, grid=grid),
+        partial(_kernel, grid=grid, groups=groups),
         name="lightning_attention_forward",
         grid=grid.steps,
         in_specs=(
@@ -68,38 +70,45 @@ def forward(
             shape_like(states_shape, q_BTA.dtype, q_BTA) if save_states else None,
         ),
         scratch_shapes=(
-            pltpu.VMEM((heads, key_dim, value_dim), jnp.float32),
+            [pltpu.VMEM((len(group) * key_dim, len(group) * value_dim), jnp.float32) for group in groups],
             pltpu.VMEM((heads, chunk, chunk), jnp.float32),
         ),
         compiler_params=compiler_params(),
     )(*operands)
 
 
-def _kernel(log_decay, borders, q, k, v, initial_state, o, final_state, states, state, within, *, grid):
+def _kernel(log_decay, borders, q, k, v, initial_state, o, final_state, states, state, within, *, grid, groups):
     n = pl.program_id(2)
     first_head = pl.program_id(1) * grid.heads
-    key_dim, value_dim = state.shape[1:]
+    key_dim, value_dim = initial_state.shape[2:]
 
     @pl.when(n == 0)
     def _():
-        state[...] = initial_state[0]
+        for group, state_KV in zip(groups, state, strict=True):
+            state_KV[...] = diagonal([initial_state[0, h] for h in group])
         for h in range(grid.heads):
             within[h] = decays_within(log_decay[0, first_head + h], grid.chunk)
 
-    chunk = Chunk(grid, n, borders)
-    for h in range(grid.heads):
-        a = log_decay[0, first_head + h]
-        key_lanes, value_lanes = pl.ds(h * key_dim, key_dim), pl.ds(h * value_dim, value_dim)
-        q_CK, k_CK, v_CV = q[0, :, key_lanes], chunk.rows(k[0, :, key_lanes]), chunk.rows(v[0, :, value_lanes])
-        dtype, state_KV = q_CK.dtype, state[h]
-        if states is not None:
-            states[0, 0, h] = state_KV.astype(dtype)
-        scores_CC = chunk.within(matmul(q_CK, k_CK, 1, 1), within[h]).astype(dtype)
-        o_CV = matmul(scores_CC, v_CV, 1, 0) + chunk.from_start(a) * matmul(q_CK, state_KV.astype(dtype), 1, 0)
-        o[0, :, value_lanes] = o_CV.astype(o.dtype)
-        decayed_k_CK = (chunk.to_end(a) * k_CK).astype(dtype)
-        state[h] = chunk.across(a) * state_KV + matmul(decayed_k_CK, v_CV, 0, 0)
+    chunk = Chunk(grid, n, first_head, borders)
+    for group, state_ref in zip(groups, state, strict=True):
+        decays = [log_decay[0, first_head + h] for h in group]
+        q_CK, k_CK, v_CV = chunk.load(q, group), chunk.load(k, group), chunk.load(v, group)
+        state_KV, dtype = state_ref[...], q_CK.dtype
+        state_operand_KV = state_KV.astype(dtype)
+        from_start_CV = side_by_side([chunk.from_start(a) for a in decays], value_dim)
+        o_CV = from_start_CV * matmul(q_CK, state_operand_KV, 1, 0)
+        for i, h in enumerate(group):
+            if states is not None:
+                states[0, 0, h] = block(state_operand_KV, i, group)
+            scores_CC = chunk.within(matmul(of_one(q_CK, i, group), k_CK, 1, 1), within[h]).astype(dtype)
+            o_CV += matmul(scores_CC, of_one(v_CV, i, group), 1, 0)
+        chunk.store(o, group, o_CV)
+        decayed_k_CK = (side_by_side([chunk.to_end(a) for a in decays], key_dim) * k_CK).astype(dtype)
+        across_1V = side_by_side([chunk.across(a) for a in decays], value_dim)
+        state_ref[...] = across_1V * state_KV + on_diagonal(matmul(decayed_k_CK, v_CV, 0, 0), group)
 
     @pl.when(n == grid.chunks - 1)
     def _():
-        final_state[0] = state[...]
+        for group, state_ref in zip(groups, state, strict=True):
+            for i, h in enumerate(group):
+                final_state[0, h] = block(state_ref[...], i, group)

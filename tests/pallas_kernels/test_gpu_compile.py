@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import lightning_attention
-from pallas_kernels.gpu.plans import HEAD_DIMS, OLDEST_JAX, choose_plan
+from pallas_kernels.gpu.plans import HEAD_DIMS, OLDEST_JAX, choose_plans
 
 if jax.__version_info__[:2] < OLDEST_JAX:
     pytest.skip("the GPU kernels need jax 0.11 or newer", allow_module_level=True)
 
-from pallas_kernels.gpu.attention import lightning_attention_by_plan
+from pallas_kernels.gpu.attention import lightning_attention_by_plans
 from pallas_kernels.gpu.deviceless import PLUGIN, resources
 
 needs_plugin = pytest.mark.skipif(
@@ -28,9 +28,9 @@ needs_plugin = pytest.mark.skipif(
 # The cache of compiled programs cannot be read without a device to load them on.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
-# Bytes per thread that the compiler keeps in memory for want of registers, at most, by head dim, columns of a
-# warpgroup and whether there are documents; none where nothing is said. The README has the table.
-SPILLS = {(96, 64, True): 8, (128, 64, True): 28, (256, 32, False): 20, (256, 32, True): 84}
+# Bytes per thread that the compiler keeps in memory for want of registers, at most, by head dim, end of the kernel's
+# name and whether there are documents; none where nothing is said. The README has the table.
+SPILLS = {(96, "dk_dv", True): 24, (128, "dk_dv", True): 44, (256, "sweep", True): 8}
 
 
 def arrays(batch, length, heads, dim, documents):
@@ -47,12 +47,12 @@ def arrays(batch, length, heads, dim, documents):
     )
 
 
-def gradients_by(plan):
+def gradients_by(plans):
     """Of all inputs from both outputs."""
 
     def gradients(q, k, v, log_decay, ids, state):
         def attention(q, k, v, state):
-            return lightning_attention_by_plan(q, k, v, log_decay, ids, state, plan)
+            return lightning_attention_by_plans(q, k, v, log_decay, ids, state, plans)
 
         outputs, pull_back = jax.vjp(attention, q, k, v, state)
         return pull_back(outputs)
@@ -60,7 +60,8 @@ def gradients_by(plan):
     return gradients
 
 
-CASES = list(itertools.product(HEAD_DIMS, (4, 160), (False, True)))
+# Without documents a kernel is part of the one with them; few heads add the kernels that sum up pieces.
+CASES = [*itertools.product(HEAD_DIMS, (4, 160), (True,)), *itertools.product(HEAD_DIMS, (160,), (False,))]
 
 
 @needs_plugin
@@ -71,16 +72,16 @@ CASES = list(itertools.product(HEAD_DIMS, (4, 160), (False, True)))
 def test_every_plan_compiles_without_spills_but_those_stated(dim, heads, documents):
     """Few heads: pieces of the sequence, and columns shared out; many heads: neither."""
     length = 1096
-    plan = choose_plan(1, length, heads, dim)
-    assert (plan.pieces > 1) == (heads == 4)
-    kernels = resources(gradients_by(plan), *arrays(1, length, heads, dim, documents))
-    sweeps = {"lightning_attention_sweep", "lightning_attention_reverse_sweep"}
-    states = {"lightning_attention_states", "lightning_attention_reverse_states"}
-    assert {kernel.name for kernel in kernels} == sweeps | (states if heads == 4 else set())
-    spills = SPILLS.get((dim, plan.columns, documents), 0)
+    plans = choose_plans(1, length, heads, dim)
+    assert all((plan.pieces > 1) == (heads == 4) for plan in plans if plan)
+    kernels = resources(gradients_by(plans), *arrays(1, length, heads, dim, documents))
+    names = {"sweep", "dk_dv" if plans.reverse else "reverse_sweep"}
+    names |= {"states", "reverse_states"} if heads == 4 else set()
+    assert {kernel.name for kernel in kernels} == {f"lightning_attention_{name}" for name in names}
     for kernel in kernels:
+        spills = max(SPILLS.get((dim, end, documents), 0) for end in names if kernel.name.endswith(end))
         assert max(kernel.spill_stores, kernel.spill_loads) <= spills, kernel
-        assert kernel.registers <= 168, kernel  # what 384 threads can have at the start
+        assert kernel.registers <= 255, kernel  # what each of 256 threads can have
         assert kernel.shared_memory <= 232448 - 1024, kernel
 
 

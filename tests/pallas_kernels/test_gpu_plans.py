@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.gpu import plans
-from pallas_kernels.gpu.plans import CHUNK, MULTIPROCESSORS, WARPGROUPS, choose_plan
+from pallas_kernels.gpu.plans import CHUNK, MULTIPROCESSORS, WARPGROUPS, choose_plans
 
 
 def blocks(plan, rows, dim):
@@ -17,17 +17,24 @@ def blocks(plan, rows, dim):
 @pytest.mark.parametrize("dim", plans.HEAD_DIMS)
 @pytest.mark.parametrize("heads", [1, 8, 40, 64, 100, 132, 512])
 def test_a_long_sequence_fills_the_gpu(dim, heads):
-    plan = choose_plan(1, 1 << 17, heads, dim)
-    assert blocks(plan, heads, dim) > MULTIPROCESSORS / 2
-    assert plan.pieces == 1 or blocks(plan, heads, dim) <= MULTIPROCESSORS
+    for plan in filter(None, choose_plans(1, 1 << 17, heads, dim)):
+        assert blocks(plan, heads, dim) > MULTIPROCESSORS / 2
+        assert plan.pieces == 1 or blocks(plan, heads, dim) <= MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("length", [1, 64, 511, 512, 1024, 5000, 70001])
 def test_no_piece_is_empty(length):
-    plan = choose_plan(1, length, 2, 128)
-    chunks = -(-length // CHUNK)
-    chunks_of_piece = -(-chunks // plan.pieces)
-    assert (plan.pieces - 1) * chunks_of_piece < chunks
+    for plan in choose_plans(1, length, 2, 128):
+        chunks = -(-length // CHUNK)
+        chunks_of_piece = -(-chunks // plan.pieces)
+        assert (plan.pieces - 1) * chunks_of_piece < chunks
+
+
+@pytest.mark.parametrize("dim", plans.HEAD_DIMS)
+def test_dk_and_dv_have_one_sweep_where_a_thread_block_holds_all_columns(dim):
+    for heads in (1, 64, 200):
+        reverse = choose_plans(1, 4096, heads, dim).reverse
+        assert reverse is None if dim == 256 else dim <= WARPGROUPS * reverse.columns
 
 
 @pytest.mark.parametrize(
