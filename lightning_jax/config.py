@@ -119,6 +119,7 @@ class RunConfig:
     checkpoints: CheckpointConfig
     metrics: MetricsConfig
     max_nonfinite_steps: int  # so many skipped steps in a row stop the run
+    hang_minutes: float  # a run that does nothing for so long ends with code 75; 0 for never
 
     def problems(self) -> list[str]:
         found = []
@@ -149,6 +150,8 @@ class RunConfig:
             )
         if not self.run_stages:
             found.append(f"run_stages: no stage; {nearest_name('', self.stages)}")
+        if self.hang_minutes < 0:
+            found.append(f"hang_minutes: {self.hang_minutes} is negative; 0 for a run that may hang for ever")
         if self.data.tokenizer.vocab_size > self.model.vocab_size:
             found.append(
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds "

@@ -64,12 +64,14 @@ def with_reference(
     programs: Programs,
     folder: pathlib.Path,
     say: Callable[[str], None],
+    begin_batch: Callable[[], None],
 ) -> tuple[dict[str, PreparedCorpus], Key]:
     """The corpora with the reference's log-probabilities, from the run's folder or computed now.
 
     Args:
       params: of the model; the reference itself where `saved_key` is None.
       saved_key: of the checkpoint from which the run goes on in the middle of the stage; None at the stage's beginning.
+      begin_batch: called before each batch that is computed, for there may be many.
 
     Returns:
       (the corpora, the key to save with every checkpoint of the stage).
@@ -92,7 +94,7 @@ def with_reference(
                 f"{path}: {what}, and the weights that stage {stage.name} began with are gone; "
                 "bring the file back, or begin the stage again in another --workdir with --init_from"
             )
-        compute = functools.partial(_log_probs, stage=stage, params=params, programs=programs)
+        compute = functools.partial(_log_probs, stage=stage, params=params, programs=programs, begin_batch=begin_batch)
         arrays = {
             f"{name}/{split}": compute(getattr(corpus, split))
             for name, corpus in sorted(corpora.items())
@@ -114,7 +116,9 @@ def _weights(params: nnx.State) -> str:
     return hashlib.sha256(json.dumps(fingerprints(arrays)(), sort_keys=True).encode()).hexdigest()
 
 
-def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: Programs) -> np.ndarray:
+def _log_probs(
+    store: Documents, *, stage: Stage, params: nnx.State, programs: Programs, begin_batch: Callable[[], None]
+) -> np.ndarray:
     """The log-probability of what is trained of each document, float32 [documents]."""
     log_probs = np.zeros(len(store.offsets) - 1, np.float32)
     if not len(log_probs):
@@ -125,6 +129,7 @@ def _log_probs(store: Documents, *, stage: Stage, params: nnx.State, programs: P
     share = count // host.count
     own = slice(host.index * share, (host.index + 1) * share)
     for first in range(0, len(rows), count):
+        begin_batch()
         taken = np.arange(first, min(first + count, len(rows)))
         # Rows are taken again to fill the last batch: every batch is one shape.
         batch = rows.take(np.resize(taken, count)[own])
