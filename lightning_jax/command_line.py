@@ -1,22 +1,29 @@
 """What the commands share: their arguments, what they say, and one clear line for a user's mistake."""
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
+from lightning_jax.hosts import RESTART, HostsError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES
 
 USAGE_ERROR = 2
 STOPPED = 130  # what shells expect of a command that Ctrl-C ended
 NO_READER = 141  # and of one whose reader had enough
+
+THREADS_PER_VIRTUAL_DEVICE = 4
+
+Context = TypeVar("Context")
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +49,7 @@ def finish(command: Callable[[], int], *, stopped: str) -> int:
     Args:
         stopped: what to say after Ctrl-C.
     """
+    _give_threads_to_virtual_devices()
     try:
         return command()
     except UserError as error:
@@ -87,21 +95,42 @@ def run_command(
 
     Whatever is the user's to mend is told on standard error without a traceback.
     """
+    return run_command_in(
+        contextlib.nullcontext, parser, lambda options, config, _: command(options, config), arguments
+    )
+
+
+def run_command_in(
+    context: Callable[[argparse.Namespace], contextlib.AbstractContextManager[Context]],
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace, RunConfig, Context], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """`run_command` in a context that is entered before the config is loaded, which may look at the devices.
+
+    Args:
+        context: made from the options; `command` gets what it enters.
+    """
     parser.add_argument("--config", required=True, metavar="FILE.py[:SIZE]", help="a file that defines get_config")
     parser.epilog = "--config.SECTION.FIELD=VALUE overrides any field of the config."
     known, rest = parser.parse_known_args(arguments)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     problems = _unknown(parser, [argument for argument in rest if argument not in overrides])
+    _give_threads_to_virtual_devices()
     try:
-        config = load_config(known.config, [override.removeprefix("--config.") for override in overrides])
-    except ConfigError as error:
-        problems.extend(error.problems)
-    if problems:
-        return _tell(problems)
-    try:
-        return command(known, config)
+        with context(known) as entered:
+            try:
+                config = load_config(known.config, [override.removeprefix("--config.") for override in overrides])
+            except ConfigError as error:
+                raise ConfigError(problems + list(error.problems)) from None
+            if problems:
+                raise ConfigError(problems)
+            return command(known, config, entered)
     except UserError as error:
         return _tell(str(error).splitlines())
+    except HostsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return RESTART
 
 
 def mesh_option(text: str, problems: list[str]) -> MeshConfig | None:
@@ -123,6 +152,14 @@ def _unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[
     return [
         f"{argument}: unknown argument; {nearest_name(argument.partition('=')[0], flags)}" for argument in arguments
     ]
+
+
+def _give_threads_to_virtual_devices() -> None:
+    """XLA runs independent collectives of a program in any order, and on a CPU each blocks a thread until the other
+    devices have come: with a thread per device, all can wait for one another for ever."""
+    virtual = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if virtual:
+        os.environ.setdefault("NPROC", str(THREADS_PER_VIRTUAL_DEVICE * int(virtual[1])))
 
 
 def _close_output() -> None:

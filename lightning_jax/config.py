@@ -137,6 +137,7 @@ class RunConfig:
     checkpoints: CheckpointConfig
     metrics: MetricsConfig
     max_nonfinite_steps: int  # so many skipped steps in a row stop the run
+    hang_minutes: float  # a run that does nothing for so long ends with code 75; 0 for never
 
     def problems(self) -> list[str]:
         found = []
@@ -169,6 +170,8 @@ class RunConfig:
             found.append(f"run_stages: no stage; {nearest_name('', self.stages)}")
         if self.lora:
             found += [f"lora.{problem}" for problem in self.lora.problems_with(self.model)]
+        if self.hang_minutes < 0:
+            found.append(f"hang_minutes: {self.hang_minutes} is negative; 0 for a run that may hang for ever")
         if self.data.tokenizer.vocab_size > self.model.vocab_size:
             found.append(
                 f"data.tokenizer.vocab_size: {self.data.tokenizer.vocab_size} exceeds "

@@ -332,5 +332,6 @@ def run(
                 "flops_convention": "model",
             },
             "max_nonfinite_steps": 5,
+            "hang_minutes": 30.0,
         }
     )

@@ -136,10 +136,11 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
     model, devices = config.model, jax.devices()
     sizes = config.resolved_mesh(len(devices))
     mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "none"
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     kinds = " + ".join(f"{run.length} {run.kind}" for run in runs(model.layer_pattern))
     return {
         "size": config.size_reason,
-        "devices": f"{len(devices)} x {devices[0].device_kind}, split: {mesh}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}, split: {mesh}",
         "model": (
             f"{formatting.count(model.num_parameters())} parameters, "
             f"{formatting.count(model.num_active_parameters())} active without embeddings; "

@@ -22,8 +22,9 @@ import numpy as np
 from flax import nnx
 
 from lightning_jax.checkpoints import Checkpoints, run_lock
-from lightning_jax.command_line import run_command
+from lightning_jax.command_line import run_command_in
 from lightning_jax.config import ConfigError, RunConfig, differences
+from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_facts, watch
 from lightning_jax.init_from import begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
@@ -40,7 +41,15 @@ from lightning_jax.train_step import Batch, TrainState
 from lightning_jax.validation import Measures, Validation, describe_measures, samples
 
 # What may change between two starts of a run without making it another run.
-FREE_TO_CHANGE = ("size_reason", "mesh", "checkpoints", "metrics", "max_nonfinite_steps", "data.cache_dir")
+FREE_TO_CHANGE = (
+    "size_reason",
+    "mesh",
+    "checkpoints",
+    "metrics",
+    "max_nonfinite_steps",
+    "hang_minutes",
+    "data.cache_dir",
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -55,6 +64,7 @@ class Trainer:
       folder: of the run; where it holds checkpoints, the run goes on from the newest that verifies.
       init_from: folder of another run, whose parameters a run without checkpoints begins with; None for fresh ones.
       change_config: go on although the config is not the one that the run was started with.
+      hosts: of the run, from `hosts.join`; this one alone if None.
 
     Raises:
       UserError: something that the user has to change; one line for each.
@@ -67,15 +77,18 @@ class Trainer:
         *,
         init_from: pathlib.Path | None = None,
         change_config: bool = False,
+        hosts: Hosts | None = None,
     ):
         if problems := config.problems_on(jax.device_count()):
             raise ConfigError(problems)
-        self.folder = folder
+        self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config
         self.writer: MetricsWriter | None = None
         self._early: list[str] = []
         self._say = self._early.append  # until there is a console, which needs the history that a restore leaves
+        check_shared(folder, self.hosts)
         self.config, self.data = open_run(config, self._say)
+        self.hosts.agree("the data", {f"data of {name}": each for name, each in self.data.fingerprints.items()})
         self.stages = plan_stages(self.config)
         self.programs = Programs(self.config, self.stages)
 
@@ -87,11 +100,12 @@ class Trainer:
           NonFiniteError: training diverged.
         """
         lock = run_lock(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
-        with lock, contextlib.ExitStack() as stack:
+        with lock, watch(self.hosts, 60 * self.config.hang_minutes), contextlib.ExitStack() as stack:
+            self.hosts.at(0, "opening the run")
             checkpoints, state = self._open(stack)
             first_step = int(state.step)
             try:
-                with stop_requests() as stop:
+                with stop_requests(self.hosts.count > 1) as stop:
                     for stage in self.stages:
                         if int(state.step) < stage.last_step and not stop:
                             state = self._train_stage(stage, state, checkpoints, stop)
@@ -120,7 +134,8 @@ class Trainer:
         state, saved = self._restore_or_create(checkpoints)
         said_of_checkpoints = self._early[said_before:]
         step = self._step = int(state.step)
-        (self.folder / "config.json").write_text(self.config.to_json() + "\n")
+        if self.hosts.index == 0:
+            (self.folder / "config.json").write_text(self.config.to_json() + "\n")
         self.writer = stack.enter_context(
             MetricsWriter(self.folder, resume_step=step if saved else None, tensorboard=self.config.metrics.tensorboard)
         )
@@ -203,12 +218,14 @@ class Trainer:
             for step in range(first_step, stage.last_step):
                 rows = stage.batch_sizes.rows(step - stage.first_step)
                 self._step = step + 1
+                self.hosts.at(step + 1, "reading its batch")
                 if data.needs_params(step - stage.first_step) and unreported:
                     self._report(stage, data, *unreported)
                     unreported = None
                 with self.timer.pause() if data.needs_params(step - stage.first_step) else contextlib.nullcontext():
                     batch = data.batch(step - stage.first_step, state.params)
                 compiling = rows not in train_steps
+                self.hosts.at(step + 1, "compiling" if compiling else "beginning the step")
                 if compiling:
                     train_steps[rows] = self.programs.train_step(stage, rows)
                 with self.timer.pause() if compiling else contextlib.nullcontext():
@@ -217,7 +234,7 @@ class Trainer:
                     self._report(stage, data, *unreported)
                 unreported = step + 1, metrics
 
-                ends, stopping = step + 1 == stage.last_step, bool(stop)
+                ends, stopping = step + 1 == stage.last_step, stop.after(step + 1)
                 evaluating = ends or (step + 1) % self.config.metrics.evaluate_every_steps == 0
                 saving = checkpoints.due(step + 1, time.monotonic()) or ends or stopping
                 if not (evaluating or saving):
@@ -227,12 +244,16 @@ class Trainer:
                 unreported = None
                 with self.timer.pause():
                     if evaluating:
+                        self.hosts.at(step + 1, "evaluating")
                         measures = validate(state.params)
-                        self.writer.write(step + 1, measures | {"stage": stage.name})
-                        self._say(f"step {step + 1:,}: {describe_measures(measures)}")
+                        if measures:
+                            self.writer.write(step + 1, measures | {"stage": stage.name})
+                            self._say(f"step {step + 1:,}: {describe_measures(measures)}")
                     if ends:
+                        self.hosts.at(step + 1, "writing samples")
                         self._write_samples(stage, state)
                     if saving:
+                        self.hosts.at(step + 1, "saving a checkpoint")
                         self._metadata["rollouts"] = {stage.name: data.position} if data.position else {}
                         checkpoints.save(step + 1, state, self._metadata, wait=stopping)
                 if stopping:
@@ -243,7 +264,7 @@ class Trainer:
         """The batches of a stage from the state's step on, and what measures parameters on what is held out."""
         begins = int(state.step) == stage.first_step
         saved_key = None if begins else self._metadata["references"].get(stage.name)
-        place = Place(stage, self.programs, saved_key, self.folder, self._say)
+        place = Place(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
         evaluation_batches = self.config.metrics.evaluation_batches
         if stage.config.reinforcement:
             position = None if begins else self._metadata["rollouts"][stage.name]
@@ -260,6 +281,9 @@ class Trainer:
         data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)
         return data, Validation(stage, reference, self.programs, evaluation_batches)
 
+    def _at_work(self, doing: str) -> None:
+        self.hosts.at(self._step, doing)
+
     def _record_rollouts(self, stage: Stage, step: int, collected: Collected) -> None:
         """Puts a generation on record, with the first step that trains on it."""
         self.writer.write(step, collected.metrics | {"stage": stage.name}, collected.timing)
@@ -272,7 +296,9 @@ class Trainer:
 
     def _report(self, stage: Stage, data: StageData, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
+        self.hosts.at(step, "waiting for its devices", waits=True)
         values = jax.device_get(metrics)
+        self.hosts.at(step, "reporting")
         in_stage = step - 1 - stage.first_step
         tokens = stage.batch_sizes.rows(in_stage) * stage.config.context_length
         self.timer.step(tokens)
@@ -334,26 +360,30 @@ def _announced(console: Console) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 2 for a user's mistake, 1 where training diverged."""
+    """The command; returns its exit code: 2 for a user's mistake, 1 where training diverged, 75 to be started again."""
     parser = argparse.ArgumentParser(prog="python -m lightning_jax.train", description="Trains, or goes on training.")
     parser.add_argument("--workdir", metavar="FOLDER", help="folder of the run; runs/NAME_OF_THE_CONFIG if not given")
     parser.add_argument("--init_from", metavar="FOLDER", type=pathlib.Path, help="begin with another run's parameters")
     parser.add_argument("--change_config", action="store_true", help="go on with a config that was changed")
 
-    def command(options: argparse.Namespace, config: RunConfig) -> int:
+    add_arguments(parser)
+
+    def command(options: argparse.Namespace, config: RunConfig, hosts: Hosts) -> int:
         folder = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
+        own = {"init_from": options.init_from, "change_config": options.change_config}
+        hosts.agree("what to run", run_facts(config, own | {"workdir": folder}), timeout=options.join_timeout)
         _keep_compiled_programs(cache_folder(config.data) / "compiled")
-        trainer = Trainer(config, folder, init_from=options.init_from, change_config=options.change_config)
         try:
-            return trainer.train()
+            return Trainer(config, folder, **own, hosts=hosts).train()
         except NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            print("stopped; what was saved before is kept, and the same command goes on from there", file=sys.stderr)
-            return 130
 
-    return run_command(parser, command, arguments)
+    try:
+        return run_command_in(join, parser, command, arguments)
+    except KeyboardInterrupt:
+        print("stopped; what was saved before is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

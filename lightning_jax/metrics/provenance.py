@@ -26,7 +26,8 @@ from lightning_jax.files import replace_text
 
 RUN_FILE = "run.json"
 
-_PACKAGES = ("lightning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("lightning_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
+_PACKAGES += ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def record_session(
@@ -53,15 +54,16 @@ def record_session(
         "host": platform.node(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**facts, "sessions": [*sessions, session]}, indent=2, ensure_ascii=False)
     replace_text(path, text + "\n")
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages on which the bits of a run depend."""
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

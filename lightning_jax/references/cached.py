@@ -24,9 +24,7 @@ from lightning_jax.input_pipeline import PreparedCorpus
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.packing import Documents
 from lightning_jax.objectives.preference import REFERENCE
-from lightning_jax.programs import Programs
 from lightning_jax.references.place import Key, Place, fingerprint_of
-from lightning_jax.stages import Stage
 
 SPLITS = ("train", "validation")
 
@@ -69,7 +67,7 @@ def with_reference(
     if found != key:
         if saved_key is not None:
             raise place.refusal(path, "is of other weights or data" if found else "is missing or damaged")
-        compute = functools.partial(_log_probs, stage=stage, weights=weights, programs=place.programs)
+        compute = functools.partial(_log_probs, weights=weights, place=place)
         arrays = {
             f"{name}/{split}": compute(getattr(corpus, split))
             for name, corpus in sorted(corpora.items())
@@ -87,17 +85,19 @@ def with_reference(
     }, key
 
 
-def _log_probs(store: Documents, *, stage: Stage, weights: nnx.State, programs: Programs) -> np.ndarray:
+def _log_probs(store: Documents, *, weights: nnx.State, place: Place) -> np.ndarray:
     """The log-probability of what is trained of each document, float32 [documents]."""
     log_probs = np.zeros(len(store.offsets) - 1, np.float32)
     if not len(log_probs):
         return log_probs
+    stage, programs = place.stage, place.programs
     rows = pack(store, "best_fit", stage.config.context_length, stage.config.documents_per_example)
     step, count = programs.log_prob_step(stage), programs.evaluation_rows(stage)
     host = programs.host
     share = count // host.count
     own = slice(host.index * share, (host.index + 1) * share)
     for first in range(0, len(rows), count):
+        place.progress("computing the reference's log-probabilities")
         taken = np.arange(first, min(first + count, len(rows)))
         # Rows are taken again to fill the last batch: every batch is one shape.
         batch = rows.take(np.resize(taken, count)[own])

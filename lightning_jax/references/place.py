@@ -30,6 +30,7 @@ class Place:
       saved_key: of the checkpoint from which the run goes on in the middle of the stage; None at the stage's beginning.
       run: its folder.
       say: takes a line for the user.
+      progress: takes what is being done, again whenever it gets on: it may take longer than a step may.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Place:
     saved_key: Key | None
     run: pathlib.Path
     say: Callable[[str], None]
+    progress: Callable[[str], None]
 
     @property
     def folder(self) -> pathlib.Path:

@@ -10,7 +10,7 @@ Shapes: P prompts of a generation, G completions of each, N = P * G rows, T toke
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ class Collector:
     Args:
         prompts: of the stage's corpora.
         reward: grades completions.
+        progress: takes what is being done, again whenever it gets on.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class Collector:
         tokenizer: Tokenizer,
         programs: Programs,
         reward: RewardFunction,
+        progress: Callable[[str], None],
     ):
         self.stage, self.settings = stage, stage.config.reinforcement
         self._seed, self._prompts, self._programs, self._reward = config.seed, prompts, programs, reward
-        self._tokenizer = tokenizer
+        self._tokenizer, self._progress = tokenizer, progress
         rows = stage.batch_sizes.rows(0)
         self.num_prompts = self.settings.rollouts.updates * rows // self.settings.rollouts.samples
         num_generations = -(-stage.batch_sizes.num_steps // self.settings.rollouts.updates)
@@ -216,8 +218,10 @@ class Collector:
     def _completions(self, params: nnx.State, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         generator = self._generator_of(params)
         groups: list[list[Completion]] = [[] for _ in prompts]
+        self._progress("making rollouts")
         for completion in generator.generate([prompt.ids for prompt in prompts], sampling):
             groups[completion.prompt].append(completion)
+            self._progress("making rollouts")
         return [sorted(group, key=lambda completion: completion.sample) for group in groups]
 
     def _generator_of(self, params: nnx.State) -> Generator:

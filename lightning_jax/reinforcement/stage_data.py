@@ -68,7 +68,7 @@ class RolloutData:
         self._check_mode(config)
         self._stack = contextlib.ExitStack()
         reward = open_rewards(self._settings.rewards, self._stack)
-        self.collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward)
+        self.collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
         self._reference: nnx.State | None = None
         self.reference_key: Key | None = None
         if self._settings.policy_gradient.kl_coefficient:

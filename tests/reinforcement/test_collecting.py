@@ -73,7 +73,7 @@ def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0):
         rope_theta: float = 1e4
 
     config = types.SimpleNamespace(seed=seed, model=Model())
-    made = Collector(config, stage, {"digits": PROMPTS}, tokenizer, programs or Programs(), reward)
+    made = Collector(config, stage, {"digits": PROMPTS}, tokenizer, programs or Programs(), reward, lambda doing: None)
     rng = np.random.default_rng(0)
 
     def completions(params, prompts, sampling):

@@ -1,0 +1,40 @@
+"""Ends a run that hangs, and says where: JAX waits for ever for a host that does not come to a step."""
+
+import contextlib
+import faulthandler
+import threading
+import time
+from collections.abc import Iterator
+
+from lightning_jax.hosts.hosts import Hosts
+
+_GRACE_S = 60.0
+
+
+@contextlib.contextmanager
+def watch(hosts: Hosts, seconds: float) -> Iterator[None]:
+    """Inside, all hosts end with their stacks printed when this one does nothing new for so long; 0 for never.
+
+    A thread looks at `hosts.since`. Where that thread itself cannot run, because another one holds Python's lock and
+    hangs, the interpreter prints the stacks and ends this host with code 1.
+    """
+    if not seconds:
+        yield
+        return
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(min(seconds / 10, 5)):
+            faulthandler.dump_traceback_later(seconds + _GRACE_S, exit=True, file=2)
+            if time.monotonic() - hosts.since > seconds:
+                hosts.hang(seconds)
+
+    hosts.at(*hosts.progress)
+    watcher = threading.Thread(target=look, name="watchdog", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        faulthandler.cancel_dump_traceback_later()
