@@ -21,10 +21,12 @@ import numpy as np
 
 from lightning_jax.checkpoints import Checkpoints, newest_manifest, restore_newest, run_lock
 from lightning_jax.checkpoints.state_tree import named_leaves, rebuild
-from lightning_jax.command_line import run_command
+from lightning_jax.command_line import run_command, say
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.input_pipeline import GlobalBatches, PreparedCorpus, cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
+from lightning_jax.planning.hardware import slice_of
+from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
 from lightning_jax.reference import with_reference
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
@@ -330,8 +332,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="FOLDER", help="folder of the run; runs/NAME_OF_THE_CONFIG if not given")
     parser.add_argument("--init_from", metavar="FOLDER", type=pathlib.Path, help="begin with another run's parameters")
     parser.add_argument("--change_config", action="store_true", help="go on with a config that was changed")
+    parser.add_argument("--mesh", choices=CHOICES, help=MESH_HELP)
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
+        if options.mesh:
+            config, why = with_mesh(config, options.mesh, plan_stages(config), slice_of(jax.devices()))
+            say(why)
         folder = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
         _keep_compiled_programs(cache_folder(config.data) / "compiled")
         trainer = Trainer(config, folder, init_from=options.init_from, change_config=options.change_config)
