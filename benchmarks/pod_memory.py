@@ -37,7 +37,7 @@ STAGES = ("continual_pretraining", "context_32k", "context_128k", "context_1024k
 BF16 = ("model.param_dtype=bfloat16", *(f"stages.{stage}.optimizer.moment_dtype=bfloat16" for stage in STAGES))
 SLICES = {"v5p:8x8x8": (), "v6e:16x16": BF16, "tpu7x:4x8x8": ()}
 ROWS = [(topology, stage) for stage in STAGES for topology in SLICES]
-TIMEOUT = 1200
+TIMEOUT = 2400
 
 
 def row_config(topology: str, stage: str, overrides: tuple[str, ...], config: str) -> tuple[Any, Any, Any, str]:
