@@ -51,6 +51,7 @@ def jax_config(model: dict[str, Any]) -> "ModelConfig":
         lightning_implementation="auto",
         expert_dispatch="auto",
         capacity_factor=1.0,
+        capacity_group=8192,
         router_aux_loss="huggingface",
         router_aux_coefficient=0.001,
         norm_placement="post" if hybrid else "pre",

@@ -23,8 +23,9 @@ a smaller auxiliary loss than Text-01, 32K to 1M tokens in four stages, AdamW wi
 leaves undisclosed, and ours here: the shape of the decay, batch sizes, shares within the 70%, the auxiliary coefficient
 (the released config.json's), the extension's lengths between 32K and 1M, its tokens, learning rate and mixtures, weight
 decay and clipping (Text-01's weight decay). The paper starts from Text-01's weights, here --init_from=FOLDER with the
-folder of a Text-01 run. It takes a multiple of 256 chips. The stages from 128K on keep each row whole on its chips,
-which has no room on today's; --config.run_stages=continual_pretraining,context_32k leaves them out.
+folder of a Text-01 run. It takes a multiple of 256 chips. Its mesh divides the rows of every stage but splits none,
+and those from 128K on have no room then: --config.run_stages=context_1024k --mesh=auto --init_from=FOLDER splits them,
+each stage a run of its own. An expert's places are counted over groups of 8,192 tokens, whatever the length of a row.
 
 After pre-training comes sft: on laptop as a stage of the run, about a minute on 6,000 generated word problems; on
 456b by --config.run_stages=sft --init_from=FOLDER, on long chains of thought, about 60% of them mathematics and code

@@ -18,9 +18,11 @@ paper (section 4.2, Table 6). The learning rate warms up over 500 steps to 2e-4 
 then grows to 128K, 512K and 1M, rope theta to 5M and 10M; the last fifth of each of these stages has a tenth of long
 questions and answers, and shares move linearly from one stage to the next. Undisclosed, and ours here: Adam's epsilon
 and the clipping, the shares of the corpora, how long the shares take to move (the first four fifths), learning rate and
-batch of the extension, and the capacity factor of the experts, which drop what exceeds it. 456b takes a multiple of 256
-chips; the extension's stages keep each row whole on its chips, which has no room on today's, and
---config.run_stages=constant,constant_lower,fast_decay leaves them out.
+batch of the extension, and the capacity factor of the experts, which drop what exceeds it, counted over groups of 8,192
+tokens whatever the length of a row. 456b takes a multiple of 256 chips. Its mesh divides the rows of every stage but
+splits none, and those of the extension have no room then: --config.run_stages=context_1024k --mesh=auto
+--init_from=FOLDER splits them, each stage a run of its own; the long stages after it, whose rows are 63 times 16,384
+tokens, with --config.model.capacity_group=16128.
 
 After it (section 5, Table 7) come sft_short, sft_long, dpo_short and dpo_long, each a run of its own with
 --config.run_stages=NAME and --init_from=FOLDER: chats of 8,192 and of 1,032,192 tokens in turn, half of the long

@@ -204,7 +204,12 @@ class RunConfig:
             ("model.num_heads", model.num_heads, "tensor", mesh["tensor"]),
             ("model.intermediate_size", model.intermediate_size, "tensor", mesh["tensor"]),
             ("model.vocab_size", model.vocab_size, "tensor", mesh["tensor"]),
-            ("model.hidden_size", model.hidden_size, "fsdp", mesh["fsdp"]),
+            (
+                "model.hidden_size",
+                model.hidden_size,
+                "fsdp x sequence x expert",
+                mesh["fsdp"] * mesh["sequence"] * mesh["expert"],
+            ),
         ]
         if "softmax" in model.layer_pattern:
             splits.append(("model.num_kv_heads", model.num_kv_heads, "tensor", mesh["tensor"]))
@@ -221,13 +226,11 @@ class RunConfig:
                 # Softmax layers give each device two pieces of a row, so that all have the same work.
                 field, pieces = f"stages.{name}.context_length", 2 * mesh["sequence"]
                 splits.append((field, stage.context_length, "2 x sequence", pieces))
-        found = []
-        if mesh["sequence"] > 1 and model.num_experts and model.expert_dispatch == "capacity":
-            found.append(
-                f"config.model.expert_dispatch: 'capacity' counts places over whole rows, which mesh "
-                f"sequence={mesh['sequence']} splits; use 'auto', which drops nothing"
-            )
-        return found + [
+                if model.num_experts and model.expert_dispatch == "capacity":
+                    # Each device counts the places of whole groups.
+                    pieces = model.capacity_group * mesh["sequence"]
+                    splits.append((field, stage.context_length, "sequence x model.capacity_group", pieces))
+        return [
             f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
             for field, size, axis, parts in splits
             if size % parts

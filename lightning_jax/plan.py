@@ -27,6 +27,7 @@ from lightning_jax.planning.generation_flops import (
     plot_generation_flops,
 )
 from lightning_jax.planning.hardware import parse_slice
+from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.planning.report import plan_lines, plot_plan
 from lightning_jax.run_setup import open_run
 from lightning_jax.stages import Stage, plan_stages
@@ -97,9 +98,12 @@ def _plan_on_devices(
     names = [stage.name for stage in stages]
     if options.stage and options.stage not in names:
         raise UserError(f"--stage={options.stage}: no such stage; {nearest_name(options.stage, names)}")
-    if problems := config.problems_on(target.num_chips):
-        raise ConfigError(problems)
     chosen = [stage for stage in stages if options.stage in (None, stage.name)]
+    if options.mesh:
+        config, why = with_mesh(config, options.mesh, chosen, target)
+        print(why, end="\n\n")
+    if problems := config.problems_on(target.num_devices):
+        raise ConfigError(problems)
     plans = [estimate(config, stage, target) for stage in chosen]
     for stage, plan in zip(chosen, plans, strict=True):
         compiled = compile_step(config, stage, described_devices(target)) if options.compile else None
@@ -121,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--generation", action="store_true", help="the FLOPs of generating up to 128K tokens, beside DeepSeek-R1's"
     )
     parser.add_argument("--stage", help="--devices: of this stage only")
+    parser.add_argument("--mesh", choices=CHOICES, help=f"--devices: {MESH_HELP}")
     parser.add_argument(
         "--compile", action="store_true", help="--devices: ask the compiler too; minutes for large models"
     )

@@ -52,6 +52,7 @@ def llama(dimensions: Dimensions, *, tie_embeddings: bool, initializer: str, ini
             "experts_per_token": 0,
             "expert_dispatch": "auto",
             "capacity_factor": 1.25,
+            "capacity_group": 8192,
             "router_aux_loss": "paper",
             "router_aux_coefficient": 0.0,
             "norm_placement": "pre",

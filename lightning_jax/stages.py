@@ -23,6 +23,11 @@ class Stage:
     def last_step(self) -> int:
         return self.first_step + self.batch_sizes.num_steps
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of its largest batch."""
+        return max(self.config.batch_size.tokens) // self.config.context_length
+
     def tokens_before(self, step: int) -> int:
         """Tokens that the run has consumed before its step `step`, a step of this stage or the one after its last."""
         return self.first_token + self.batch_sizes.tokens_before(step - self.first_step)

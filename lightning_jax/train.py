@@ -22,13 +22,15 @@ import numpy as np
 from flax import nnx
 
 from lightning_jax.checkpoints import Checkpoints, run_lock
-from lightning_jax.command_line import run_command_in
+from lightning_jax.command_line import run_command_in, say
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_facts, watch
 from lightning_jax.init_from import begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.model_folders import CHECKPOINTS
+from lightning_jax.planning.hardware import slice_of
+from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
 from lightning_jax.references import Place, Reference, reference_of
 from lightning_jax.reinforcement.collecting import Collected
@@ -365,10 +367,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="FOLDER", help="folder of the run; runs/NAME_OF_THE_CONFIG if not given")
     parser.add_argument("--init_from", metavar="FOLDER", type=pathlib.Path, help="begin with another run's parameters")
     parser.add_argument("--change_config", action="store_true", help="go on with a config that was changed")
-
+    parser.add_argument("--mesh", choices=CHOICES, help=MESH_HELP)
     add_arguments(parser)
 
     def command(options: argparse.Namespace, config: RunConfig, hosts: Hosts) -> int:
+        if options.mesh:
+            config, why = with_mesh(config, options.mesh, plan_stages(config), slice_of(jax.devices()))
+            say(why)
         folder = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
         own = {"init_from": options.init_from, "change_config": options.change_config}
         hosts.agree("what to run", run_facts(config, own | {"workdir": folder}), timeout=options.join_timeout)

@@ -80,7 +80,7 @@ def test_all_mistakes_are_told_at_once():
     [
         (["mesh.data=3", "mesh.fsdp=1"], "mesh"),
         (["mesh.sequence=8", "mesh.fsdp=1", "stages.pretraining.context_length=8"], "context_length: 8 does"),
-        (["mesh.sequence=8", "mesh.fsdp=1", "model.expert_dispatch=capacity"], "model.expert_dispatch"),
+        (["mesh.sequence=8", "mesh.fsdp=1", "model.expert_dispatch=capacity"], "x model.capacity_group"),
         (["mesh.tensor=8", "mesh.fsdp=1"], "model.num_heads"),
         (["mesh.expert=8", "mesh.fsdp=1", "model.num_experts=4"], "model.num_experts"),
         (["stages.pretraining.batch_size.tokens=1024"], "stages.pretraining.batch_size.tokens"),

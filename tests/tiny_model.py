@@ -24,6 +24,7 @@ TINY = ModelConfig(
     experts_per_token=2,
     expert_dispatch="auto",
     capacity_factor=1.0,
+    capacity_group=8192,
     router_aux_loss="paper",
     router_aux_coefficient=0.01,
     norm_placement="post",

@@ -110,7 +110,8 @@ class ModelConfig:
     num_experts: int
     experts_per_token: int
     expert_dispatch: Literal["auto", "ragged", "blocks", "capacity"]
-    capacity_factor: float  # expert_dispatch="capacity" only
+    capacity_factor: float  # expert_dispatch="capacity" only: places of an expert, as a multiple of an even share
+    capacity_group: int  # and so many neighbouring tokens of a row share them
     router_aux_loss: Literal["paper", "huggingface"]
     router_aux_coefficient: float
     # Residual stream.
@@ -134,7 +135,7 @@ class ModelConfig:
         found = []
         positive = "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size rope_theta"
         positive += " lightning_norm_eps rms_norm_eps capacity_factor residual_alpha residual_beta initializer_range"
-        for name in [*positive.split(), "loss_chunk"]:
+        for name in [*positive.split(), "capacity_group", "loss_chunk"]:
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 found.append(f"{name}: {getattr(self, name)} is not a positive number")
         if not self.layer_pattern:

@@ -1,16 +1,18 @@
 """The experts of a mixture: each token's k SwiGLU experts, computed together and combined by the router's weights.
 
 Three dispatches with one result, unless tokens are dropped: "ragged" and "blocks" never drop; "capacity" gives every
-expert a fixed number of places in each row of the batch and drops the tokens that come after they are full.
+expert a fixed number of places in each group of neighbouring tokens and drops the tokens that come after they are full.
 
 Sources: MiniMax-01 (arXiv 2501.08313) section 2.1; GShard (arXiv 2006.16668) section 2.2, capacity and groups;
 MegaBlocks (arXiv 2211.15841), dropless dispatch by sorting.
 
 Shapes: B batch, T sequence, D model dim, E experts, F feed-forward dim, k experts per token, N tokens, M assignments of
-tokens to experts sorted by expert, P = M rows and a block behind them, R rows of a block, C places per expert and row.
+tokens to experts sorted by expert, P = M rows and a block behind them, R rows of a block, C places per expert and
+group.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -38,6 +40,7 @@ def experts(
     mask_BT: jax.Array,
     dispatch: Dispatch,
     capacity_factor: float,
+    capacity_group: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over a token's k experts of the router's weight times the expert's output.
 
@@ -47,7 +50,7 @@ def experts(
         weight_BTk: their weights, float32 or wider; the sum is taken in this dtype.
         mask_BT: False for padding, whose output is 0 and which takes no place of an expert.
         dispatch: "auto" chooses between the dropless ones by platform.
-        capacity_factor: "capacity" only: places per expert and row, as a multiple of an even share.
+        capacity_factor, capacity_group: "capacity" only, as `experts_by_capacity`.
 
     Returns:
         y_BTD in the dtype of x, and the number of assignments dropped (float32, always 0 where dropless).
@@ -55,10 +58,16 @@ def experts(
     weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
     dispatch = for_platform(dispatch, jax.default_backend())
     if dispatch == "capacity":
-        places = dispatch_by_capacity(expert_BTk, mask_BT, weights.gate_EDF.shape[0], capacity_factor)
-        x_BECD = places.gather(x_BTD)
-        y_BECD = batched_swiglu(x_BECD, weights)
-        return places.combine(y_BECD, weight_BTk).astype(x_BTD.dtype), places.dropped
+        return experts_by_capacity(
+            x_BTD,
+            expert_BTk,
+            weight_BTk,
+            lambda x_BECD: batched_swiglu(x_BECD, weights),
+            mask_BT=mask_BT,
+            num_experts=weights.gate_EDF.shape[0],
+            capacity_factor=capacity_factor,
+            capacity_group=capacity_group,
+        )
     y_BTD = dropless_experts(x_BTD, expert_BTk, weight_BTk, weights, first_expert=0, dispatch=dispatch)
     return y_BTD.astype(x_BTD.dtype), jnp.zeros((), jnp.float32)
 
@@ -194,7 +203,41 @@ def _write(array_PX: jax.Array, rows_RX: jax.Array, row: jax.Array) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(array_PX, rows_RX, row, axis=0)
 
 
-# Capacity: every expert has C places in each row of the batch, filled in the order of the tokens.
+# Capacity: every expert has C places in each group of tokens, filled in their order.
+
+
+def experts_by_capacity(
+    x_BTD: jax.Array,
+    expert_BTk: jax.Array,
+    weight_BTk: jax.Array,
+    compute: Callable[[jax.Array], jax.Array],
+    *,
+    mask_BT: jax.Array,
+    num_experts: int,
+    capacity_factor: float,
+    capacity_group: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over each token's experts, without those that had no place left for it, and how many those were.
+
+    Rows are cut into groups, each with places of its own: a device that holds whole groups, of whichever rows, needs no
+    other to know what is dropped, and nothing but the groups decides it.
+
+    Args:
+        weight_BTk: 0 for padding.
+        compute: from the tokens at their places [groups, E, C, D], 0 where a place is free, to the experts' outputs.
+        capacity_factor: places of an expert in a group, as a multiple of an even share.
+        capacity_group: tokens of a group; rows that are shorter are one group each.
+    """
+    B, T, D = x_BTD.shape
+    group = min(capacity_group, T)
+
+    def in_groups(x_BT: jax.Array) -> jax.Array:
+        filled_BT = jnp.pad(x_BT, [(0, 0), (0, -T % group), *((0, 0) for _ in x_BT.shape[2:])])
+        return filled_BT.reshape(-1, group, *x_BT.shape[2:])
+
+    places = dispatch_by_capacity(in_groups(expert_BTk), in_groups(mask_BT), num_experts, capacity_factor)
+    y_BTD = places.combine(compute(places.gather(in_groups(x_BTD))), in_groups(weight_BTk))
+    return y_BTD.reshape(B, -1, D)[:, :T].astype(x_BTD.dtype), places.dropped
 
 
 class Places(NamedTuple):
@@ -220,14 +263,13 @@ class Places(NamedTuple):
 
 
 def capacity(config_factor: float, sequence: int, experts_per_token: int, num_experts: int) -> int:
-    """Places per expert and row."""
+    """Places per expert and group of `sequence` tokens."""
     return math.ceil(config_factor * sequence * experts_per_token / num_experts)
 
 
 def dispatch_by_capacity(expert_BTk: jax.Array, mask_BT: jax.Array, num_experts: int, capacity_factor: float) -> Places:
-    """Gives each expert's places in a row to the first tokens that were routed to it.
+    """Gives each expert's places in a group, here a row, to the first of its tokens that were routed to it.
 
-    A row is its own group, so neither the layout across devices nor the rest of the batch changes what is dropped.
     Places go by token, not (as in GShard) to all first choices before any second: a token's fate must not depend on
     later tokens.
     """

@@ -67,6 +67,7 @@ NUMERICS = {
     "lightning_implementation": "auto",
     "expert_dispatch": "auto",
     "capacity_factor": 1.25,
+    "capacity_group": 8192,
     "initializer": "normal",
     "logits_dtype": "float32",
     "loss_chunk": 512,

@@ -45,9 +45,9 @@ class MoE(nnx.Module):
         # Always float32, as in the released checkpoints: rounding must not decide which expert a token goes to.
         route = initializers.weight(config, "router", D, E)
         self.router = nnx.Param(route(rngs.params(), (D, E), jnp.float32), logical_axes=("embed", None))
-        self.gate = expert_weight("feed_forward_in", (D, F), ("embed", "mlp"))
-        self.up = expert_weight("feed_forward_in", (D, F), ("embed", "mlp"))
-        self.down = expert_weight("feed_forward_out", (F, D), ("mlp", "embed"))
+        self.gate = expert_weight("feed_forward_in", (D, F), ("expert_embed", "mlp"))
+        self.up = expert_weight("feed_forward_in", (D, F), ("expert_embed", "mlp"))
+        self.down = expert_weight("feed_forward_out", (F, D), ("mlp", "expert_embed"))
 
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
         """Routes each token to its k experts and sums their outputs by renormalised probability.

@@ -86,7 +86,12 @@ def complete(operators: Operators, config: ModelConfig) -> Operators:
         "lightning_attention_from": functools.partial(lightning_attention_from, lightning_attention=lightning),
         "cached_softmax_attention": cached_softmax_attention,
         "softmax_attention": functools.partial(softmax_attention, implementation=config.attention_implementation),
-        "experts": functools.partial(experts, dispatch=config.expert_dispatch, capacity_factor=config.capacity_factor),
+        "experts": functools.partial(
+            experts,
+            dispatch=config.expert_dispatch,
+            capacity_factor=config.capacity_factor,
+            capacity_group=config.capacity_group,
+        ),
     }
     chosen = {name: call for name, call in local.items() if getattr(operators, name) is None}
     return replace(operators, project=_through_adapters(operators.project), **chosen)

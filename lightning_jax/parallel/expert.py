@@ -1,16 +1,17 @@
 """Expert parallelism: the mesh axis "expert" splits both the experts and the batch, so tokens travel to their experts.
 
-"capacity" exchanges places all to all: a device sends each expert's places of its own rows to the device that holds
-the expert, and gets them back computed. It moves k * capacity_factor vectors per token each way and computes no more
-than that, but drops tokens. The dropless dispatches gather the tokens of all devices along the axis, compute the local
-experts' part of the sum for all of them and reduce-scatter the parts: exact for any imbalance in buffers of fixed
-size, moving (devices - 1) vectors per token each way. So they move less up to devices = k * capacity_factor + 1 and
-more beyond; and the device with the most popular experts keeps the others waiting.
+"capacity" exchanges places all to all: a device sends each expert's places of its own groups of tokens to the device
+that holds the expert, and gets them back computed. It moves k * capacity_factor vectors per token each way and computes
+no more than that, but drops tokens; a group lies on one device, so that the layout does not change which. The dropless
+dispatches gather the tokens of all devices along the axis, compute the local experts' part of the sum for all of them
+and reduce-scatter the parts: exact for any imbalance in buffers of fixed size, moving (devices - 1) vectors per token
+each way. So they move less up to devices = k * capacity_factor + 1 and more beyond; and the device with the most
+popular experts keeps the others waiting.
 
 Sources: GShard (arXiv 2006.16668) section 3; MiniMax-01 (arXiv 2501.08313) section 2.1 and 3.1.
 
 Shapes: B batch rows here, X devices along "expert", T sequence, D model dim, E experts, F feed-forward dim,
-k experts per token, C places per expert and row.
+k experts per token, C places per expert and group of tokens.
 """
 
 import jax
@@ -21,15 +22,15 @@ from lightning_jax.models.config import ModelConfig
 from lightning_jax.models.experts import (
     ExpertWeights,
     batched_swiglu,
-    dispatch_by_capacity,
     dropless_experts,
+    experts_by_capacity,
     for_platform,
 )
-from lightning_jax.parallel.sharding import RULES
+from lightning_jax.parallel.sharding import RULES, ShardingError
 
 BATCH = RULES.mesh_axes("batch")
 SEQUENCE = RULES.mesh_axes("sequence")
-EMBED = RULES.mesh_axes("embed")
+EMBED = RULES.mesh_axes("expert_embed")
 EXPERTS = RULES.mesh_axes("experts")
 MLP = RULES.mesh_axes("mlp")
 
@@ -38,8 +39,7 @@ class ParallelExperts:
     """The `experts` operator over a mesh; equal to the one-device operator in values and gradients."""
 
     def __init__(self, mesh: Mesh, config: ModelConfig):
-        self.mesh = mesh
-        self.capacity_factor = config.capacity_factor
+        self.mesh, self.config = mesh, config
         self.dispatch = for_platform(config.expert_dispatch, mesh.devices.flat[0].platform)
 
     def __call__(
@@ -51,7 +51,13 @@ class ParallelExperts:
         *,
         mask_BT: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `models.experts.experts`, on arrays of global shape."""
+        """As `models.experts.experts`, on arrays of global shape.
+
+        Raises:
+            ShardingError: "sequence" cuts through groups of tokens that share places.
+        """
+        if self.dispatch == "capacity":
+            self._check_groups(x_BTD.shape[1])
         rows = PartitionSpec(BATCH, SEQUENCE)
         split = ExpertWeights(
             gate_EDF=PartitionSpec(EXPERTS, EMBED, MLP),
@@ -69,18 +75,34 @@ class ParallelExperts:
             check_vma=False,
         )(x_BTD, expert_BTk, weight_BTk, weights, mask_BT)
 
+    def _check_groups(self, length: int) -> None:
+        group, devices = self.config.capacity_group, self.mesh.shape["sequence"]
+        if devices > 1 and length // devices % group:
+            raise ShardingError(
+                f"model.capacity_group={group} does not divide the {length // devices} tokens of a row that each of "
+                f"sequence={devices} devices holds; use a divisor of {length // devices}"
+            )
+
     def _capacity(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
         weights = _gather_embed(weights)
-        num_experts = weights.gate_EDF.shape[0] * jax.lax.axis_size(EXPERTS)
-        places = dispatch_by_capacity(expert_BTk, mask_BT, num_experts, self.capacity_factor)
-        x_BECD = places.gather(x_BTD)
-        # [B, E, ...] of these rows and all experts <-> [B * X, E / X, ...] of all rows and these experts.
-        x_BECD = jax.lax.all_to_all(x_BECD, EXPERTS, split_axis=1, concat_axis=0, tiled=True)
-        y_BECD = batched_swiglu(x_BECD, weights)
-        y_BECD = jax.lax.all_to_all(y_BECD, EXPERTS, split_axis=0, concat_axis=1, tiled=True)
-        weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
-        y_BTD = places.combine(y_BECD, weight_BTk).astype(x_BTD.dtype)
-        return jax.lax.psum(y_BTD, MLP), jax.lax.psum(places.dropped, (*BATCH, *SEQUENCE))
+
+        def compute(x_BECD):
+            # [B, E, ...] of these groups and all experts <-> [B * X, E / X, ...] of all groups and these experts.
+            x_BECD = jax.lax.all_to_all(x_BECD, EXPERTS, split_axis=1, concat_axis=0, tiled=True)
+            y_BECD = batched_swiglu(x_BECD, weights)
+            return jax.lax.all_to_all(y_BECD, EXPERTS, split_axis=0, concat_axis=1, tiled=True)
+
+        y_BTD, dropped = experts_by_capacity(
+            x_BTD,
+            expert_BTk,
+            jnp.where(mask_BT[..., None], weight_BTk, 0),
+            compute,
+            mask_BT=mask_BT,
+            num_experts=weights.gate_EDF.shape[0] * jax.lax.axis_size(EXPERTS),
+            capacity_factor=self.config.capacity_factor,
+            capacity_group=self.config.capacity_group,
+        )
+        return jax.lax.psum(y_BTD, MLP), jax.lax.psum(dropped, (*BATCH, *SEQUENCE))
 
     def _dropless(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
         weights = _gather_embed(weights)

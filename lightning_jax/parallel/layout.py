@@ -43,8 +43,7 @@ def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAtten
         sequence_attention: how keys and values travel where the mesh splits the sequence.
 
     Raises:
-        ShardingError: the mesh axis "tensor" does not divide the model's heads, or "sequence" splits rows whose experts
-            have a fixed number of places in each.
+        ShardingError: the mesh axis "tensor" does not divide the model's heads.
     """
     if mesh.size == 1:
         return Operators()
@@ -58,11 +57,6 @@ def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAtten
                 f"use a divisor of {count}"
             )
     sequence = mesh.shape["sequence"]
-    if sequence > 1 and config.num_experts and config.expert_dispatch == "capacity":
-        raise ShardingError(
-            f"model.expert_dispatch='capacity' counts places over whole rows, which mesh axis sequence={sequence} "
-            f"splits; use 'auto', which drops nothing"
-        )
     local = complete(Operators(), config)
     if sequence > 1:
         local_lightning = functools.partial(

@@ -53,14 +53,14 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
 
 
 def without_sequence(mesh: Mesh) -> Mesh:
-    """The same devices with those along "sequence" made replicas: for generation, which goes on token by token.
+    """The same devices with those along "sequence" joined to "fsdp": for generation, which goes on token by token.
 
-    Parameters, which "data" and "sequence" do not split, stay where they are.
+    Parameters, which both split, stay where they are.
     """
     axis = mesh.axis_names.index("sequence")
-    devices = np.moveaxis(mesh.devices, axis, 1)
-    data, sequence, *others = devices.shape
-    devices = np.expand_dims(devices.reshape(data * sequence, *others), axis)
+    devices = np.moveaxis(mesh.devices, axis, 2)
+    data, fsdp, sequence, *others = devices.shape
+    devices = np.expand_dims(devices.reshape(data, fsdp * sequence, *others), axis)
     return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 

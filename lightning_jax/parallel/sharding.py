@@ -70,12 +70,13 @@ class ShardingRules:
 
 RULES = ShardingRules(
     {
-        # Activations. Their model dim is declared None: "embed" is for parameters, which "fsdp" splits.
+        # Activations. Their model dim is declared None: "embed" is for parameters.
         "batch": ("data", "fsdp", "expert"),
         "sequence": ("sequence",),
-        # Parameters.
+        # Parameters, over all devices but those along "data", gathered layer by layer; experts stay apart.
         "layers": (),
-        "embed": ("fsdp",),
+        "embed": ("fsdp", "sequence", "expert"),
+        "expert_embed": ("fsdp", "sequence"),
         "vocab": ("tensor",),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),

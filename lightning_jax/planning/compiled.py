@@ -44,7 +44,7 @@ class Compiled:
 def lower(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """The stage's train step at its largest batch."""
     programs = Programs(config, [stage], devices)
-    rows = stage.batch_sizes.rows(stage.batch_sizes.num_steps - 1)
+    rows = stage.most_rows
     on_mesh = parallel.batch_sharding(programs.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, stage.config.context_length), dtype, sharding=on_mesh)
@@ -82,7 +82,7 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
     """
     if target.chip.platform == "cpu":
         try:
-            jax.config.update("jax_num_cpu_devices", target.num_chips)
+            jax.config.update("jax_num_cpu_devices", target.num_devices)
         except RuntimeError as error:  # JAX has looked for its devices, to choose a size
             raise UserError(f"--devices={target.topology}: name the size: --config=FILE.py:SIZE") from error
         return jax.devices("cpu")

@@ -10,6 +10,7 @@ forward pass where it is rematerialised; collectives by mesh axis, in bytes that
 Shapes: t tokens of a micro-batch on one device, D model dim, A attention width, F feed-forward dim, V vocabulary.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ from lightning_jax.models.config import BYTES
 from lightning_jax.parallel.config import AXES
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.stages import Stage, num_micro_batches
+
+# A part of the memory that no plan should count on: the runtime's own, and what fragments.
+RESERVE = 0.08
+
+DENSE, EXPERTS = (parallel.RULES.mesh_axes(axis) for axis in ("embed", "expert_embed"))
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Estimate:
     model_flops: float  # as MFU counts them
     flops: float  # with what is computed twice
     memory_traffic: float  # bytes
-    sent: dict[str, float]  # bytes by mesh axis
+    sent: dict[tuple[str, ...], float]  # bytes by the mesh axes along which they go
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -68,8 +74,18 @@ class Estimate:
         return {
             "compute": self.flops / chip.bf16_flops,
             "memory": self.memory_traffic / chip.memory_bandwidth,
-            "links": sum(self.sent.values()) / chip.link_bandwidth,
+            "links": sum(sent / self.target.bandwidth(self._span(axes)) for axes, sent in self.sent.items()),
         }
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device can hold it."""
+        return self.memory.total <= (1 - RESERVE) * self.target.chip.memory_bytes
+
+    def _span(self, axes: tuple[str, ...]) -> int:
+        """Among how many neighbouring devices a group along these axes lies."""
+        sizes = list(self.mesh.values())
+        return math.prod(sizes[list(self.mesh).index(axes[0]) :])
 
     @property
     def bound(self) -> tuple[str, float]:
@@ -88,9 +104,9 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         MeshError, ShardingError: the config's mesh does not fit the slice, or its sizes the mesh.
     """
     model = config.model
-    sizes = config.resolved_mesh(target.num_chips)
+    sizes = config.resolved_mesh(target.num_devices)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    rows = stage.batch_sizes.rows(stage.batch_sizes.num_steps - 1)
+    rows = stage.most_rows
     shards = parallel.batch_shards(mesh)
     parts = num_micro_batches(stage.config, rows, shards)
     context = stage.config.context_length
@@ -105,12 +121,12 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         batch=17 * device_tokens * parts,  # four arrays of int32 and a mask
         activations=_kept_elements(model, sizes["tensor"]) * device_tokens * BYTES[model.compute_dtype],
         temporaries=max(
-            _layer_elements(model, sizes, device_rows, context) * BYTES[model.compute_dtype],
+            _layer_elements(model, sizes, held, device_rows, context) * BYTES[model.compute_dtype],
             _loss_bytes(model, sizes["tensor"], device_rows, min(model.loss_chunk, context // sizes["sequence"])),
         ),
     )
     tokens = rows * context
-    model_flops = model.flops_per_token(context, "model") * tokens / target.num_chips
+    model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
     passes = 3 if model.remat == "none" else 4  # forward, twice its work backward, and the forward again
     return Estimate(
         target=target,
@@ -131,14 +147,23 @@ class Held:
 
     weights: int
     moments: int
-    gathered: int  # elements of what "fsdp" splits, with it whole, other splits as they are
-    experts: int  # of these, experts
+    dense: int  # elements of the layers' weights and the ends' with the model dim whole, other splits as they are
+    experts: int  # likewise of the experts'
+
+    @property
+    def gathered(self) -> int:
+        return self.dense + self.experts
+
+
+@functools.cache
+def _abstract_params(model: ModelConfig) -> nnx.State:
+    return jax.eval_shape(lambda: nnx.state(HybridLM(model, rngs=nnx.Rngs(params=0)), nnx.Param))
 
 
 def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
-    abstract = jax.eval_shape(lambda: nnx.state(HybridLM(config.model, rngs=nnx.Rngs(params=0)), nnx.Param))
+    abstract = _abstract_params(config.model)
     shardings = nnx.to_flat_state(parallel.shardings(abstract, mesh))
-    weights = moments = gathered = experts = 0
+    weights = moments = dense = experts = 0
     moment_bytes = BYTES[stage.config.optimizer.moment_dtype]
     for (_, leaf), (_, placed) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         array, sharding = leaf.get_value(), placed.get_value()
@@ -146,11 +171,12 @@ def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
         share = math.prod(sharding.shard_shape(array.shape))
         weights += share * array.dtype.itemsize
         moments += 2 * share * moment_bytes
-        if "embed" in leaf.get_metadata("logical_axes"):
-            whole = share * mesh.shape["fsdp"]
-            gathered += whole
-            experts += whole if "experts" in leaf.get_metadata("logical_axes") else 0
-    return Held(weights, moments, gathered, experts)
+        axes = leaf.get_metadata("logical_axes")
+        if "embed" in axes:
+            dense += share * math.prod(mesh.shape[axis] for axis in DENSE)
+        elif "expert_embed" in axes:
+            experts += share * math.prod(mesh.shape[axis] for axis in EXPERTS)
+    return Held(weights, moments, dense, experts)
 
 
 def _kept_elements(model: ModelConfig, tensor: int) -> float:
@@ -177,14 +203,16 @@ def _copies(model: ModelConfig) -> float:
     return model.experts_per_token * (model.capacity_factor if model.expert_dispatch == "capacity" else 1)
 
 
-def _layer_elements(model: ModelConfig, sizes: dict[str, int], rows: int, context: int) -> float:
-    """Elements that the layer at work holds in its backward pass."""
+def _layer_elements(model: ModelConfig, sizes: dict[str, int], held: Held, rows: int, context: int) -> float:
+    """Elements that the layer at work holds in its backward pass: its own, its weights gathered and their gradient."""
     tokens = rows * context / sizes["sequence"]
     per_token = max(_layer_elements_per_token(model, kind, sizes["tensor"]) for kind in set(model.layer_kinds()))
     if model.num_experts and model.expert_dispatch != "capacity":
         # The tokens of all devices along "expert" come to each of them.
         per_token += (sizes["expert"] - 1) * (_copies(model) * (3 * model.intermediate_size / sizes["tensor"]))
-    return 2 * per_token * tokens
+    ends = 2 * model.vocab_size * model.hidden_size / sizes["tensor"]
+    weights = (held.gathered - ends) / model.num_layers
+    return 2 * per_token * tokens + 2 * weights
 
 
 def _loss_bytes(model: ModelConfig, tensor: int, rows: int, chunk: int) -> float:
@@ -204,34 +232,38 @@ def _memory_traffic(
 
 def _sent(
     model: ModelConfig, sizes: dict[str, int], held: Held, rows: int, tokens: int, parts: int, passes: int
-) -> dict[str, float]:
-    """Bytes that a device sends in a step, by mesh axis."""
+) -> dict[tuple[str, ...], float]:
+    """Bytes that a device sends in a step, by mesh axes: weights, then what tokens need of each other."""
     width, D = BYTES[model.compute_dtype], model.hidden_size
-    data, fsdp, expert, sequence, tensor = (sizes[axis] for axis in AXES)
-    others = held.gathered - held.experts
-    weight_width = BYTES[model.param_dtype]
-    sent = dict.fromkeys(AXES, 0.0)
-    # Gathered in the forward pass and again in the backward pass; the gradient scattered.
-    sent["fsdp"] = parts * 3 * width * held.gathered * (fsdp - 1) / fsdp
-    # What is left of gradients adds up over replicas: all but experts also over "expert".
-    sent["data"] = _all_reduce(held.gathered / fsdp * weight_width, data)
-    sent["expert"] = parts * _all_reduce(others / fsdp * weight_width, expert)
-    sent["sequence"] = parts * _all_reduce(held.gathered / fsdp * weight_width, sequence)
+    sent: dict[tuple[str, ...], float] = {}
+
+    def add(axes: tuple[str, ...], size: float) -> None:
+        axes = tuple(axis for axis in AXES if axis in axes and sizes[axis] > 1)
+        if axes and size:
+            sent[axes] = sent.get(axes, 0.0) + size
+
+    for axes, elements in ((DENSE, held.dense), (EXPERTS, held.experts)):
+        # Gathered in the forward pass and again in the backward pass; the gradient scattered, and summed over replicas.
+        devices = math.prod(sizes[axis] for axis in axes)
+        add(axes, parts * 3 * width * elements * (devices - 1) / devices)
+        add(("data",), parts * _all_reduce(width * elements / devices, sizes["data"]))
+    expert, sequence, tensor = (sizes[axis] for axis in AXES[2:])
     layers = model.num_layers
     if model.num_experts:
         if model.expert_dispatch == "capacity":
             each_way = _copies(model) * tokens * D * width * (expert - 1) / expert
         else:
             each_way = tokens * D * width * (expert - 1)
-        sent["expert"] += parts * layers * 2 * (passes - 1) * each_way
+        add(("expert",), parts * layers * 2 * (passes - 1) * each_way)
     # A sum of the mixer's and of the feed-forward's output in each pass that computes them, and of their gradients.
-    sent["tensor"] = parts * layers * 2 * (passes - 1) * _all_reduce(tokens * D * width, tensor)
+    add(("tensor",), parts * layers * 2 * (passes - 1) * _all_reduce(tokens * D * width, tensor))
     heads, kv_heads = model.num_heads / tensor, model.num_kv_heads / tensor
     kinds = model.layer_kinds()
     states = rows * heads * model.head_dim**2 * 4 * (sequence - 1)
     keys_values = 2 * tokens * kv_heads * model.head_dim * width * (sequence - 1)
-    sent["sequence"] += (
-        parts * (passes - 1) * (kinds.count("lightning") * states + kinds.count("softmax") * keys_values)
+    add(
+        ("sequence",),
+        parts * (passes - 1) * (kinds.count("lightning") * states + kinds.count("softmax") * keys_values),
     )
     return sent
 

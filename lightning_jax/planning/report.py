@@ -1,16 +1,13 @@
 """A plan as a person reads it: what a step takes, what binds, how long and how much, and what to change."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_jax.config import RunConfig
 from lightning_jax.metrics.formatting import count, duration, size
 from lightning_jax.planning.compiled import Compiled
-from lightning_jax.planning.estimate import Estimate, Memory
+from lightning_jax.planning.estimate import RESERVE, Estimate
 from lightning_jax.stages import Stage
-
-# A part of the memory that no plan should count on: the runtime's own, and what fragments.
-RESERVE = 0.08
 
 KINDS = {
     "weights": "weights",
@@ -33,10 +30,10 @@ def plan_lines(
 ) -> list[str]:
     """The plan of a stage, a line each."""
     target, memory = plan.target, plan.memory
-    mesh = " x ".join(f"{axis} {devices}" for axis, devices in plan.mesh.items() if devices > 1) or "one device"
+    devices = f"{target.num_devices} devices of {size(target.chip.memory_bytes)}"
     rows = [
         ("stage", f"{stage.name}: context {stage.config.context_length:,}, {count(plan.tokens)} tokens a step"),
-        ("slice", f"{target.topology}: {target.num_chips} chips of {size(target.chip.memory_bytes)}; {mesh}"),
+        ("slice", f"{target.topology}: {devices}; {mesh_text(plan.mesh)}"),
         ("model", f"{count(config.model.num_parameters())} parameters; {plan.micro_batches} micro-batches a step"),
         ("memory of a device", f"{size(memory.total)}, estimated: {_verdict(plan)}"),
         *((f"  {name}", size(getattr(memory, kind))) for kind, name in KINDS.items()),
@@ -51,7 +48,7 @@ def plan_lines(
     rows += [
         ("work of a device", f"{count(plan.flops)} FLOP a step, {count(plan.model_flops)} without recomputation"),
         ("memory traffic", f"{size(plan.memory_traffic)} a step"),
-        *((f"sent over {axis}", f"{size(sent)} a step") for axis, sent in plan.sent.items() if sent),
+        *((f"sent over {' x '.join(axes)}", f"{size(sent)} a step") for axes, sent in plan.sent.items()),
         *((f"least time, {name}", f"{each:.3g} s") for name, each in plan.seconds.items()),
         ("bound", f"{count(plan.tokens / seconds)} tokens/s; {resource} binds"),
         (
@@ -71,22 +68,21 @@ def plan_lines(
     return lines + [f"change: {advice}" for advice in what_to_change(config, stage, plan)]
 
 
-def fits(memory: Memory, memory_bytes: float) -> bool:
-    """Whether a device of so many bytes can hold it."""
-    return memory.total <= (1 - RESERVE) * memory_bytes
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes along which there is more than one device."""
+    return " x ".join(f"{axis} {devices}" for axis, devices in sizes.items() if devices > 1) or "one device"
 
 
 def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]:
     """What would make a plan fit that does not, by what takes most of its memory."""
     memory, chip = plan.memory, plan.target.chip
-    if fits(memory, chip.memory_bytes):
+    if plan.fits:
         return []
     advice = []
     state = memory.weights + memory.moments + memory.gradients
     if state > (1 - RESERVE) * chip.memory_bytes:
-        needed = state * plan.target.num_chips / ((1 - RESERVE) * chip.memory_bytes)
-        split = plan.mesh["fsdp"] * plan.mesh["expert"] * plan.mesh["tensor"]
-        if split < plan.target.num_chips:
+        needed = state * plan.target.num_devices / ((1 - RESERVE) * chip.memory_bytes)
+        if plan.mesh["data"] > 1:
             advice.append(f"split the weights over more devices: mesh.data={plan.mesh['data']} replicates them")
         advice.append(f"weights, moments and gradients alone would fill {needed:.0f} such chips")
         if config.model.param_dtype == "float32":
@@ -98,8 +94,7 @@ def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]
         if (stage.config.batch_size.micro_batch_tokens or plan.tokens) > rows_tokens:
             advice.append(f"batch_size.micro_batch_tokens={rows_tokens}: one row of each device at a time")
         else:
-            dropless = "; needs model.expert_dispatch=auto" if config.model.expert_dispatch == "capacity" else ""
-            advice.append(f"mesh.sequence={2 * plan.mesh['sequence']}: each device takes less of a row{dropless}")
+            advice.append(f"mesh.sequence={2 * plan.mesh['sequence']}: each device takes less of a row")
     return advice
 
 
@@ -132,6 +127,6 @@ def plot_plan(plans: Sequence[Estimate], names: Sequence[str], title: str, path:
 
 def _verdict(plan: Estimate) -> str:
     share = plan.memory.total / plan.target.chip.memory_bytes
-    if fits(plan.memory, plan.target.chip.memory_bytes):
+    if plan.fits:
         return f"fits, {share:.0%} of the chip"
     return f"does not fit, {share:.0%} of the chip"

@@ -23,6 +23,7 @@ LLAMA = tiny_model(
     num_experts=0,
     experts_per_token=0,
     capacity_factor=1.25,
+    capacity_group=8192,
     norm_placement="pre",
     residual_alpha=1.0,
     loss_chunk=512,

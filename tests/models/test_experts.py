@@ -57,6 +57,10 @@ def assert_trees_close(actual, expected, tolerance):
         np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance)
 
 
+def places(factor, group=T):
+    return {"capacity_factor": float(factor), "capacity_group": group}
+
+
 def documents_mask():
     mask_BT = np.ones((B, T), bool)
     mask_BT[1, 15:] = False
@@ -72,7 +76,7 @@ def test_values_and_gradients_equal_the_dense_computation(dispatch):
 
         def dispatched(x_BTD, weight_BTk, weights):
             y_BTD, dropped = experts(
-                x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, dispatch=dispatch, capacity_factor=float(E)
+                x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, dispatch=dispatch, **places(E)
             )
             return y_BTD + 0 * dropped
 
@@ -113,7 +117,7 @@ def test_dropless_output_does_not_depend_on_the_order_of_the_tokens(dispatch):
         order_T = np.random.default_rng(3).permutation(T)
 
         def call(x_BTD, expert_BTk, weight_BTk):
-            options = {"mask_BT": mask_BT, "dispatch": dispatch, "capacity_factor": 1.0}
+            options = {"mask_BT": mask_BT, "dispatch": dispatch, **places(1.0)}
             return experts(x_BTD, expert_BTk, weight_BTk, weights, **options)[0]
 
         shuffled_BTD = call(x_BTD[:, order_T], expert_BTk[:, order_T], weight_BTk[:, order_T])
@@ -139,7 +143,7 @@ def test_capacity_serves_each_row_in_the_order_of_its_tokens_and_drops_the_rest(
 
         def dispatched(x_BTD, weight_BTk, weights):
             y_BTD, reported = experts(
-                x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, dispatch="capacity", capacity_factor=factor
+                x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, dispatch="capacity", **places(factor)
             )
             return y_BTD + 0 * reported
 
@@ -148,13 +152,13 @@ def test_capacity_serves_each_row_in_the_order_of_its_tokens_and_drops_the_rest(
 
         actual = values_and_gradients(dispatched, x_BTD, weight_BTk, weights)
         assert_trees_close(actual, values_and_gradients(oracle, x_BTD, weight_BTk, weights), 1e-12)
-        options = {"mask_BT": mask_BT, "dispatch": "capacity", "capacity_factor": factor}
+        options = {"mask_BT": mask_BT, "dispatch": "capacity", **places(factor)}
         assert experts(x_BTD, expert_BTk, weight_BTk, weights, **options)[1] == dropped
 
 
 def test_what_capacity_drops_in_a_row_does_not_depend_on_the_other_rows():
     x_BTD, expert_BTk, weight_BTk, weights = routed(seed=5, dtype=np.float32, skew=3.0)
-    options = {"dispatch": "capacity", "capacity_factor": 1.0}
+    options = {"dispatch": "capacity", **places(1.0)}
     mask_BT = jnp.ones((B, T), bool)
     together_BTD, _ = experts(x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, **options)
     for row in range(B):
@@ -163,11 +167,32 @@ def test_what_capacity_drops_in_a_row_does_not_depend_on_the_other_rows():
         np.testing.assert_allclose(together_BTD[one], alone_BTD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [4, 7, T])
+def test_each_group_of_a_row_is_served_as_a_row_of_its_own_the_last_one_padded(group):
+    x_BTD, expert_BTk, weight_BTk, weights = routed(seed=8, dtype=np.float32, skew=3.0)
+    mask_BT = documents_mask()
+    whole_BTD, dropped = experts(
+        x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT, dispatch="capacity", **places(0.8, group)
+    )
+    missing = -T % group
+    filled = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in (x_BTD, expert_BTk, weight_BTk)]
+    filled_mask_BT = jnp.pad(mask_BT, [(0, 0), (0, missing)])
+    parts = []
+    for start in range(0, T, group):
+        part = np.s_[:, start : start + group]
+        mask = filled_mask_BT[part]
+        options = {"mask_BT": mask, "dispatch": "capacity", **places(0.8)}
+        parts.append(experts(*(x[part] for x in filled), weights, **options))
+    alone_BTD = jnp.concatenate([y_BTD for y_BTD, _ in parts], axis=1)[:, :T]
+    np.testing.assert_allclose(whole_BTD, alone_BTD, rtol=1e-6, atol=1e-6)
+    assert dropped == sum(count for _, count in parts) > 0
+
+
 @pytest.mark.parametrize("dispatch", ["ragged", "blocks", "capacity"])
 def test_padding_gives_zero(dispatch):
     x_BTD, expert_BTk, weight_BTk, weights = routed(seed=6, dtype=np.float32)
     mask_BT = documents_mask()
-    options = {"mask_BT": mask_BT, "dispatch": dispatch, "capacity_factor": 1.0}
+    options = {"mask_BT": mask_BT, "dispatch": dispatch, **places(1.0)}
     y_BTD, _ = experts(x_BTD, expert_BTk, weight_BTk, weights, **options)
     assert (y_BTD[~mask_BT] == 0).all()
     assert (y_BTD[mask_BT] != 0).any(axis=-1).mean() > 0.8
@@ -180,7 +205,7 @@ def test_bfloat16_stays_near_float32(dispatch):
     weight_BTk = weight_BTk.astype(jnp.float32)
 
     def call(x_BTD, weight_BTk, weights):
-        options = {"mask_BT": mask_BT, "dispatch": dispatch, "capacity_factor": float(E)}
+        options = {"mask_BT": mask_BT, "dispatch": dispatch, **places(E)}
         return experts(x_BTD, expert_BTk, weight_BTk, weights, **options)[0]
 
     exact_BTD, _ = values_and_gradients(call, x_BTD, weight_BTk, weights)

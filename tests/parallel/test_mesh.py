@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from lightning_jax.parallel import MeshConfig, MeshError, make_mesh, without_sequence
+from lightning_jax.parallel import RULES, MeshConfig, MeshError, make_mesh, without_sequence
 from lightning_jax.parallel.mesh import arrange, resolve
 
 
@@ -68,13 +68,17 @@ def test_a_mesh_that_does_not_fit_is_one_line_with_what_would(sizes, message):
     assert str(error.value) == message
 
 
-def test_for_generation_the_devices_of_a_sequence_become_replicas_and_parameters_stay_where_they_are():
-    training = make_mesh(MeshConfig.of(data=2, sequence=2, tensor=2))
+@pytest.mark.parametrize("sizes", [{"data": 2, "sequence": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "sequence": 2}])
+def test_for_generation_the_devices_of_a_sequence_join_fsdp_and_parameters_stay_where_they_are(sizes):
+    training = make_mesh(MeshConfig.of(**sizes))
     generation = without_sequence(training)
-    assert dict(generation.shape) == {"data": 4, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 2}
-    heads = PartitionSpec(None, "tensor")
-    before, after = (NamedSharding(mesh, heads).devices_indices_map((3, 4)) for mesh in (training, generation))
-    assert before == after
+    assert dict(generation.shape) == training.shape | {"fsdp": training.shape["fsdp"] * 2, "sequence": 1}
+    for axes in (("experts", "expert_embed", "mlp"), ("embed", "heads")):
+        places = [
+            NamedSharding(mesh, RULES.spec(axes, (8,) * len(axes), mesh)).devices_indices_map((8,) * len(axes))
+            for mesh in (training, generation)
+        ]
+        assert places[0] == places[1]
 
 
 def device_of(slice_index):

@@ -36,6 +36,18 @@ def test_documents_that_straddle_devices_give_the_loss_and_gradients_of_each_alo
     assert_same(loss_and_gradients(layout, "auto", "float64", sequence_attention=method), alone, 1e-10)
 
 
+CAPACITY_LAYOUTS = [(1, 2, 1, 1, 4), (1, 1, 2, 2, 2), (1, 1, 1, 1, 8), (2, 1, 2, 1, 2)]
+
+
+SLOW_CAPACITY = [pytest.param(layout, marks=pytest.mark.slow) for layout in CAPACITY_LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 4, 1, 2), *SLOW_CAPACITY])
+def test_capacity_drops_and_computes_the_same_on_split_rows(layout):
+    one_device = loss_and_gradients(ONE_DEVICE, "capacity", "float64")
+    assert_same(loss_and_gradients(layout, "capacity", "float64"), one_device, 1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ring", "all_gather"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
@@ -109,9 +121,9 @@ def test_what_a_lightning_layer_sends_does_not_depend_on_the_length():
     assert short["all-gather"] > 0
 
 
-def test_experts_with_places_by_row_are_refused_on_a_split_row():
-    message = (
-        r"^model\.expert_dispatch='capacity' counts places over whole rows, which mesh axis sequence=8 splits; use"
-    )
+def test_groups_of_tokens_that_share_places_must_lie_on_one_device():
+    experts = parallel.operators(mesh(1, 1, 1, 1, sequence=8), config("capacity", "float32")).experts
+    x, routed = jnp.zeros((2, 32, 16)), jnp.zeros((2, 32, 2))
+    message = r"^model\.capacity_group=6 does not divide the 4 tokens of a row that each of sequence=8 devices holds"
     with pytest.raises(parallel.ShardingError, match=message):
-        parallel.operators(mesh(1, 1, 1, 1, sequence=8), config("capacity", "float32"))
+        experts(x, routed, routed, None, mask_BT=jnp.ones((2, 32), bool))

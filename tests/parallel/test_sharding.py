@@ -16,28 +16,28 @@ from lightning_jax.models import HybridLM
 from lightning_jax.parallel import RULES, MeshConfig, ShardingError
 
 GOLDEN_TABLE = """\
-embedding                                   P('tensor', 'fsdp')
+embedding                                   P('tensor', ('fsdp', 'sequence', 'expert'))
 final_norm.weight                           P(None)
-head                                        P('fsdp', 'tensor')
-stacks.0.runs.0.feed_forward.down           P(None, None, 'expert', 'tensor', 'fsdp')
-stacks.0.runs.0.feed_forward.gate           P(None, None, 'expert', 'fsdp', 'tensor')
-stacks.0.runs.0.feed_forward.router         P(None, None, 'fsdp', None)
-stacks.0.runs.0.feed_forward.up             P(None, None, 'expert', 'fsdp', 'tensor')
+head                                        P(('fsdp', 'sequence', 'expert'), 'tensor')
+stacks.0.runs.0.feed_forward.down           P(None, None, 'expert', 'tensor', ('fsdp', 'sequence'))
+stacks.0.runs.0.feed_forward.gate           P(None, None, 'expert', ('fsdp', 'sequence'), 'tensor')
+stacks.0.runs.0.feed_forward.router         P(None, None, ('fsdp', 'sequence', 'expert'), None)
+stacks.0.runs.0.feed_forward.up             P(None, None, 'expert', ('fsdp', 'sequence'), 'tensor')
 stacks.0.runs.0.feed_forward_norm.weight    P(None, None, None)
-stacks.0.runs.0.mixer.gate                  P(None, None, 'fsdp', 'tensor')
+stacks.0.runs.0.mixer.gate                  P(None, None, ('fsdp', 'sequence', 'expert'), 'tensor')
 stacks.0.runs.0.mixer.norm.weight           P(None, None, 'tensor')
-stacks.0.runs.0.mixer.output                P(None, None, 'tensor', 'fsdp')
-stacks.0.runs.0.mixer.query_key_value       P(None, None, 'fsdp', 'tensor')
+stacks.0.runs.0.mixer.output                P(None, None, 'tensor', ('fsdp', 'sequence', 'expert'))
+stacks.0.runs.0.mixer.query_key_value       P(None, None, ('fsdp', 'sequence', 'expert'), 'tensor')
 stacks.0.runs.0.mixer_norm.weight           P(None, None, None)
-stacks.0.runs.1.feed_forward.down           P(None, None, 'expert', 'tensor', 'fsdp')
-stacks.0.runs.1.feed_forward.gate           P(None, None, 'expert', 'fsdp', 'tensor')
-stacks.0.runs.1.feed_forward.router         P(None, None, 'fsdp', None)
-stacks.0.runs.1.feed_forward.up             P(None, None, 'expert', 'fsdp', 'tensor')
+stacks.0.runs.1.feed_forward.down           P(None, None, 'expert', 'tensor', ('fsdp', 'sequence'))
+stacks.0.runs.1.feed_forward.gate           P(None, None, 'expert', ('fsdp', 'sequence'), 'tensor')
+stacks.0.runs.1.feed_forward.router         P(None, None, ('fsdp', 'sequence', 'expert'), None)
+stacks.0.runs.1.feed_forward.up             P(None, None, 'expert', ('fsdp', 'sequence'), 'tensor')
 stacks.0.runs.1.feed_forward_norm.weight    P(None, None, None)
-stacks.0.runs.1.mixer.key                   P(None, None, 'fsdp', 'tensor')
-stacks.0.runs.1.mixer.output                P(None, None, 'tensor', 'fsdp')
-stacks.0.runs.1.mixer.query                 P(None, None, 'fsdp', 'tensor')
-stacks.0.runs.1.mixer.value                 P(None, None, 'fsdp', 'tensor')
+stacks.0.runs.1.mixer.key                   P(None, None, ('fsdp', 'sequence', 'expert'), 'tensor')
+stacks.0.runs.1.mixer.output                P(None, None, 'tensor', ('fsdp', 'sequence', 'expert'))
+stacks.0.runs.1.mixer.query                 P(None, None, ('fsdp', 'sequence', 'expert'), 'tensor')
+stacks.0.runs.1.mixer.value                 P(None, None, ('fsdp', 'sequence', 'expert'), 'tensor')
 stacks.0.runs.1.mixer_norm.weight           P(None, None, None)
 """
 
@@ -75,9 +75,9 @@ def test_each_device_holds_its_share_of_parameters_and_moments(train_state):
         run = tree["stacks"][0]["runs"][1]
         for weight, whole, share in (
             (run["feed_forward"]["gate"], (2, 1, 8, 16, 24), (2, 1, 4, 8, 12)),
-            (run["feed_forward"]["router"], (2, 1, 16, 8), (2, 1, 8, 8)),
-            (run["mixer"]["key"], (2, 1, 16, 8), (2, 1, 8, 4)),
-            (tree["embedding"], (32, 16), (16, 8)),
+            (run["feed_forward"]["router"], (2, 1, 16, 8), (2, 1, 4, 8)),
+            (run["mixer"]["key"], (2, 1, 16, 8), (2, 1, 4, 4)),
+            (tree["embedding"], (32, 16), (16, 4)),
         ):
             value = weight.get_value()
             assert value.shape == whole
@@ -94,7 +94,7 @@ def test_random_parameters_do_not_depend_on_how_they_are_split():
         return nnx.State({"w": nnx.Param(jax.random.normal(jax.random.key(0), (4, 6)), logical_axes=("embed", "mlp"))})
 
     split = parallel.create_sharded(create, mesh(1, 2, 2, 2))["w"].get_value()
-    assert split.sharding.shard_shape(split.shape) == (2, 3)
+    assert split.sharding.shard_shape(split.shape) == (1, 3)
     np.testing.assert_array_equal(split, create()["w"].get_value())
 
 
@@ -114,7 +114,7 @@ def test_tokens_of_a_row_are_split_over_the_sequence_axis():
 
 def test_axes_before_the_logical_ones_are_layers_and_stay_whole():
     spec = RULES.spec(("embed", "mlp"), (3, 5, 16, 8), mesh(1, 2, 2, 2))
-    assert spec == PartitionSpec(None, None, "fsdp", "tensor")
+    assert spec == PartitionSpec(None, None, ("fsdp", "sequence", "expert"), "tensor")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_axes_before_the_logical_ones_are_layers_and_stay_whole():
         (
             ("hedas",),
             (16,),
-            "w: no sharding rule for axis 'hedas'; known: batch, sequence, layers, embed, vocab, heads, kv_heads, "
-            "mlp, experts",
+            "w: no sharding rule for axis 'hedas'; known: batch, sequence, layers, embed, expert_embed, vocab, heads, "
+            "kv_heads, mlp, experts",
         ),
     ],
 )

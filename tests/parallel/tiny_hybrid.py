@@ -27,6 +27,7 @@ def config(dispatch: str, dtype: str) -> ModelConfig:
         intermediate_size=24,
         num_experts=8,
         expert_dispatch=dispatch,
+        capacity_group=6,  # what every layout leaves whole
         router_aux_loss="huggingface",
         router_aux_coefficient=0.1,
         residual_alpha=8**0.25,

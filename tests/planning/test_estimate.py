@@ -57,8 +57,8 @@ def test_fsdp_gathers_all_weights_twice_and_scatters_their_gradient():
     plan = estimate(config, stage, EIGHT)
     norms = (2 * config.model.num_layers + 1) * config.model.hidden_size
     gathered = 4 * (config.model.num_parameters() - norms)
-    assert plan.sent["fsdp"] == pytest.approx(plan.micro_batches * 3 * gathered * 7 / 8)
-    assert {axis for axis, each in plan.sent.items() if each} == {"fsdp"}
+    assert plan.sent.keys() == {("fsdp",)}
+    assert plan.sent["fsdp",] == pytest.approx(plan.micro_batches * 3 * gathered * 7 / 8)
 
 
 def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_the_context():
@@ -68,4 +68,5 @@ def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_
     batch = dataclasses.replace(stage.config.batch_size, tokens=(2 * 65536,))
     twice = dataclasses.replace(longer.config, batch_size=batch)
     longer = plan_stages(dataclasses.replace(lightning, stages={"long": twice}, run_stages=("long",)))[0]
-    assert estimate(lightning, longer, EIGHT).sent["sequence"] == estimate(lightning, stage, EIGHT).sent["sequence"]
+    sent = [estimate(lightning, each, EIGHT).sent for each in (stage, longer)]
+    assert sent[0]["sequence",] == sent[1]["sequence",] > 0
