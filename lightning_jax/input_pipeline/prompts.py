@@ -18,8 +18,8 @@ from lightning_jax.input_pipeline.chat_masks import ChatEncoder
 from lightning_jax.input_pipeline.chat_template import Message, encode_chats
 from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig
+from lightning_jax.input_pipeline.documents import is_held_out
 from lightning_jax.input_pipeline.errors import SourceError
-from lightning_jax.input_pipeline.prepare import is_held_out
 from lightning_jax.input_pipeline.readers import Problem, read_json_records, read_parquet_records
 from lightning_jax.input_pipeline.sources import RecordReport, files_of, fingerprint
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
