@@ -238,11 +238,12 @@ def jax_step(threads: int) -> Answers:
         @functools.partial(jax.jit, donate_argnums=0)
         def decode(state, params):
             network = nnx.merge(graphdef, params)
+            layers = network.separate_layers()  # as generation does on a CPU
 
             def step(_, carry):
                 state, token_B, position = carry
                 positions_B1 = jnp.full((ROWS, 1), position)
-                hidden_B1D, state = network.advance(token_B[:, None], positions_B1, state)
+                hidden_B1D, state = network.advance(token_B[:, None], positions_B1, state, separate_layers=layers)
                 return state, jnp.argmax(network.logits(hidden_B1D[:, 0]), axis=-1), position + 1
 
             return jax.lax.fori_loop(0, STEPS, step, (state, jnp.zeros(ROWS, int), context))[:2]

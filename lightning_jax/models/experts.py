@@ -56,7 +56,12 @@ def experts(
         y_BTD in the dtype of x, and the number of assignments dropped (float32, always 0 where dropless).
     """
     weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
-    dispatch = for_platform(dispatch, jax.default_backend())
+    platform, num_experts = jax.default_backend(), weights.gate_EDF.shape[0]
+    if dispatch == "auto" and platform == "cpu" and num_experts <= expert_BTk.size <= BLOCK_ROWS:
+        # A decoding step: some token needs most experts, whose blocks would have as many rows.
+        y_BTD = every_expert(x_BTD, expert_BTk, weight_BTk, weights)
+        return y_BTD.astype(x_BTD.dtype), jnp.zeros((), jnp.float32)
+    dispatch = for_platform(dispatch, platform)
     if dispatch == "capacity":
         return experts_by_capacity(
             x_BTD,
@@ -70,6 +75,18 @@ def experts(
         )
     y_BTD = dropless_experts(x_BTD, expert_BTk, weight_BTk, weights, first_expert=0, dispatch=dispatch)
     return y_BTD.astype(x_BTD.dtype), jnp.zeros((), jnp.float32)
+
+
+def every_expert(x_BTD: jax.Array, expert_BTk: jax.Array, weight_BTk: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """The sum with every expert's output of every token, most of them weighted with 0; in the dtype of weight_BTk."""
+    num_experts, size = weights.gate_EDF.shape[0], x_BTD.shape[-1]
+    # A batch of products, for which the weights stay as they lie.
+    x_END = jnp.broadcast_to(x_BTD.reshape(1, -1, size), (num_experts, x_BTD.size // size, size))
+    y_END = jnp.matmul(jax.nn.silu(x_END @ weights.gate_EDF) * (x_END @ weights.up_EDF), weights.down_EFD)
+    chosen_BTkE = expert_BTk[..., None] == jnp.arange(num_experts)
+    weight_BTE = jnp.sum(weight_BTk[..., None], axis=2, where=chosen_BTkE)
+    y_EBTD = y_END.reshape(num_experts, *x_BTD.shape).astype(weight_BTE.dtype)
+    return jnp.einsum("bte,ebtd->btd", weight_BTE, y_EBTD)
 
 
 # Dropless: sort the assignments by expert, then one matmul over groups of unequal size.

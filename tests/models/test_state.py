@@ -87,6 +87,17 @@ def test_every_token_of_mixed_rows_decoded_one_by_one_equals_one_forward_pass(na
     assert_same(name, lengths, hidden)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_separate_layers_give_what_scanned_ones_do(name):
+    tokens, positions = TOKENS[:, :6], np.tile(np.arange(6), (3, 1))
+    state = model(name).initial_state(3, 6)
+    advance = jax.jit(model(name).advance)
+    scanned = advance(tokens, positions, state)
+    apart = advance(tokens, positions, state, separate_layers=model(name).separate_layers())
+    for one, other in zip(jax.tree.leaves(scanned), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
 def test_padding_leaves_an_empty_state_exactly_empty():
     _, state = in_pieces("hybrid", (0, 0, 7), [5, 11])
     for leaf in jax.tree.leaves(state):
@@ -125,17 +136,21 @@ def test_rope_theta_may_be_given():
     assert np.abs(hidden - whole("hybrid")[:, :6]).max() > 1e-3
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", ["hybrid", pytest.param("experts", marks=pytest.mark.slow)])
-def test_decoding_updates_the_state_in_place(name):
+def test_decoding_updates_the_state_in_place(name, separate):
     """No copy of the whole cache or of all layers' states in a step: the program's scratch space does not grow."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: HybridLM(MODELS[name], rngs=nnx.Rngs(0))))
 
     def scratch(capacity):
         def steps(params, state, tokens_B):
+            network = nnx.merge(graphdef, params)
+            layers = network.separate_layers() if separate else None
+
             def step(_, carry):
                 tokens_B, position, state = carry
                 positions_B1 = jnp.full((2, 1), position)
-                hidden_BTD, state = nnx.merge(graphdef, params).advance(tokens_B[:, None], positions_B1, state)
+                hidden_BTD, state = network.advance(tokens_B[:, None], positions_B1, state, separate_layers=layers)
                 return jnp.argmax(hidden_BTD[:, 0], axis=-1), position + 1, state
 
             return jax.lax.fori_loop(0, 10, step, (tokens_B, 0, state))
