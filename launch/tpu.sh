@@ -43,7 +43,7 @@ case "${1:-}" in
             mkdir -p lightning_jax && tar -xzf lightning_jax.tar.gz -C lightning_jax
             curl -LsSf https://astral.sh/uv/install.sh | sh
             ~/.local/bin/uv venv --quiet --allow-existing --python=3.12 ~/venv
-            ~/.local/bin/uv pip install --quiet --python=~/venv/bin/python --editable "\$HOME/lightning_jax[tpu]"
+            ~/.local/bin/uv pip install --quiet --python=~/venv/bin/python --editable './lightning_jax[tpu]'
             if [ -n '${NFS:-}' ] && ! mountpoint -q /mnt/runs; then
                 sudo apt-get install -qq -y nfs-common && sudo mkdir -p /mnt/runs
                 sudo mount -o hard '${NFS:-}' /mnt/runs && sudo chmod a+rwx /mnt/runs

@@ -13,13 +13,11 @@ import jax
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
-from lightning_jax.hosts import RESTART, HostsError
+from lightning_jax.hosts import MISTAKE, RESTART, STOPPED, HostsError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES
 
-USAGE_ERROR = 2
-STOPPED = 130  # what shells expect of a command that Ctrl-C ended
-NO_READER = 141  # and of one whose reader had enough
+NO_READER = 141  # what shells expect of a command whose reader had enough
 
 THREADS_PER_VIRTUAL_DEVICE = 4
 
@@ -170,4 +168,4 @@ def _close_output() -> None:
 def _tell(problems: Sequence[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return USAGE_ERROR
+    return MISTAKE

@@ -19,9 +19,10 @@ from typing import Any, TextIO
 import jax
 
 from lightning_jax import parallel
-from lightning_jax.command_line import STOPPED, Parser, finish, mesh_option, say, show
+from lightning_jax.command_line import Parser, finish, mesh_option, say, show
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, Speed
+from lightning_jax.hosts import STOPPED
 from lightning_jax.input_pipeline import Tokenizer, encode
 from lightning_jax.input_pipeline.chat_template import encode_chats
 from lightning_jax.trained_model import TrainedModel, load_model

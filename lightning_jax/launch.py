@@ -17,12 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import FrameType
 
-from lightning_jax.command_line import USAGE_ERROR
-from lightning_jax.hosts import RESTART
+from lightning_jax.hosts import MISTAKE, RESTART, STOPPED
 
-ENDED = (0, 1, USAGE_ERROR, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after which nobody starts it again
+ENDED = (0, 1, MISTAKE, STOPPED, 128 + signal.SIGTERM)  # exit codes after which nobody starts it again
+COMMAND = (sys.executable, "-u", "-m", "lightning_jax.train")
 _GRACE_S = 60.0  # in which the others end by themselves when one has failed
 
 
@@ -49,7 +48,7 @@ def host_environment(index: int, hosts: int, port: int, devices: int) -> dict[st
 def _start(index: int, hosts: int, port: int, devices: int, arguments: Sequence[str]) -> subprocess.Popen[str]:
     """A host as a process that no signal of the terminal reaches."""
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "lightning_jax.train", *arguments],
+        [*COMMAND, *arguments],
         env=host_environment(index, hosts, port, devices),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -62,33 +61,46 @@ def _start(index: int, hosts: int, port: int, devices: int, arguments: Sequence[
 
 def run_hosts(hosts: int, devices: int, arguments: Sequence[str]) -> int:
     """Runs all hosts to their end; returns the exit code of the run."""
-    with reserved_port() as port:
+    with reserved_port() as port, _noted_stops() as stops:
         processes = [_start(index, hosts, port, devices, arguments) for index in range(hosts)]
         try:
             readers = [threading.Thread(target=_show, args=(index, each)) for index, each in enumerate(processes)]
             for reader in readers:
                 reader.start()
-            _wait(processes)
-            for reader in readers:
-                reader.join()
+            _wait(processes, stops)
         finally:
             for process in processes:
                 process.kill()
+        for reader in readers:
+            reader.join()
     codes = [process.wait() for process in processes]
-    return next((code for code in codes if code > 0), RESTART if any(codes) else 0)
+    killed = STOPPED if stops else RESTART
+    return next((code for code in codes if code > 0), killed if any(codes) else 0)
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Returns when all have ended, by themselves or after Ctrl-C; or a while after the first that failed."""
-    stopping = False
+@contextlib.contextmanager
+def _noted_stops() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM do no more than to lengthen the list."""
+    stops: list[int] = []
+    before = {
+        each: signal.signal(each, lambda number, frame: stops.append(number))
+        for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stops
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[str]], stops: Sequence[int]) -> None:
+    """Returns when all have ended, at the second stop, or a while after the first process that failed."""
+    told = False
     failed_at: float | None = None
-    while any(process.poll() is None for process in processes):
-        try:
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            if stopping:
-                return
-            stopping = True
+    while any(process.poll() is None for process in processes) and len(stops) < 2:
+        time.sleep(0.1)
+        if stops and not told:
+            told = True
             for process in processes:
                 process.terminate()
         if failed_at is None and any(process.returncode for process in processes):
@@ -104,10 +116,6 @@ def _show(index: int, process: subprocess.Popen[str]) -> None:
         sys.stdout.flush()
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code of the run."""
     parser = argparse.ArgumentParser(
@@ -117,7 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each; 1")
     parser.add_argument("--restarts", type=int, default=0, help="how often to start again when hosts fail; 0")
     options, rest = parser.parse_known_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
     for restarts_left in range(options.restarts, -1, -1):
         code = run_hosts(options.hosts, options.devices, rest)
         if code in ENDED or not restarts_left:

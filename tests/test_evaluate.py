@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from tiny_evaluation import TOKENIZER, scorer, trained_model
 
 from lightning_jax import evaluate
 from lightning_jax.evaluation import perplexity
+from lightning_jax.launch import reserved_port
 
 HAYSTACK = [f"line {number}\n" * 4 for number in range(200)]
 
@@ -172,21 +172,19 @@ sys.exit(code)
 
 def in_two_processes(arguments, environment):
     """What the command says on standard output and standard error, in each of two processes with two devices."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(index), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in both]
+    with reserved_port() as port:
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO_PROCESSES, f"localhost:{port}", str(index), *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     return said
 

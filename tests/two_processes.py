@@ -2,9 +2,10 @@
 
 import multiprocessing
 import os
-import socket
 
 import jax
+
+from lightning_jax.launch import reserved_port
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["lightning_jax.checkpoints", "flax.nnx", "optax"])
@@ -12,16 +13,14 @@ processes.set_forkserver_preload(["lightning_jax.checkpoints", "flax.nnx", "opta
 
 def in_two_processes(task, *arguments) -> None:
     """Calls a function of a module in both; its assertions are this test's."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = [processes.Process(target=_run, args=(port, index, task, arguments)) for index in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(150)
-        process.kill()
-        process.join()
+    with reserved_port() as port:
+        both = [processes.Process(target=_run, args=(port, index, task, arguments)) for index in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(150)
+            process.kill()
+            process.join()
     assert [process.exitcode for process in both] == [0, 0]
 
 

@@ -1,5 +1,6 @@
 """Hosts that are threads of this process: who is missing, differs, is gone, frozen or hangs is named to all others."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -56,9 +57,20 @@ def lines(port: int, count: int, indices, timeout=20.0) -> list:
         return list(pool.map(come, indices))
 
 
-def three_hosts(port: int) -> tuple[Hub, list[Hosts]]:
+@pytest.fixture
+def hosts(port, ended):
+    """Three that have come."""
     hub = Hub(port, 3, 20.0)
-    return hub, [Hosts(index, line, hub if index == 0 else None) for index, line in enumerate(lines(port, 3, range(3)))]
+    hosts = [Hosts(index, line, hub if index == 0 else None) for index, line in enumerate(lines(port, 3, range(3)))]
+    yield hosts
+    for host in hosts:  # or their threads would end the process of the tests
+        cut_off(host, told=True)
+
+
+def cut_off(host: Hosts, told: bool = False) -> None:
+    host._line._leaving |= told
+    with contextlib.suppress(OSError):
+        host._line._socket.shutdown(socket.SHUT_RDWR)
 
 
 def wait_for(condition) -> None:
@@ -82,15 +94,14 @@ def agree(hosts, facts, timeout=None) -> list[str]:
         return list(pool.map(tell, range(len(hosts))))
 
 
-def test_hosts_that_came_know_one_another(port, ended):
-    _, hosts = three_hosts(port)
+def test_hosts_that_came_know_one_another(hosts, ended):
     assert [each.names for each in hosts] == [("a", "b", "c")] * 3
     assert len({each.word for each in hosts}) == 1
     assert hosts[0].word
     assert not ended
 
 
-def test_the_hosts_that_did_not_come_are_named(port):
+def test_the_hosts_that_did_not_come_are_named(port, ended):
     hub = Hub(port, 4, 0.5)
     for error in lines(port, 4, [0, 2]):
         assert isinstance(error, HostsError)
@@ -104,7 +115,7 @@ def test_a_host_0_that_does_not_come_is_named(port):
     assert str(error) == f"host 0 did not answer at localhost:{port} within 0 s: Connection refused"
 
 
-def test_a_host_that_is_started_twice_or_counts_otherwise_is_named(port):
+def test_a_host_that_is_started_twice_or_counts_otherwise_is_named(port, ended):
     hub = Hub(port, 3, 20.0)
     for error in lines(port, 3, [0, 0]):
         assert isinstance(error, UserError)
@@ -134,8 +145,7 @@ def test_a_port_in_use_is_a_line(port):
         Hub(port, 2, 1.0)
 
 
-def test_equal_facts_agree_and_the_host_that_differs_is_named_to_all(port, ended):
-    _, hosts = three_hosts(port)
+def test_equal_facts_agree_and_the_host_that_differs_is_named_to_all(hosts, ended):
     same = {"config.seed": "0", "version of jax": "0.10.2"}
     assert agree(hosts, [same] * 3) == [""] * 3
     line = "host 1 (b) differs: config.seed is 7, and 0 elsewhere"
@@ -145,17 +155,15 @@ def test_equal_facts_agree_and_the_host_that_differs_is_named_to_all(port, ended
     assert not ended
 
 
-def test_a_host_that_does_not_come_to_the_comparison_is_named(port, ended):
-    _, hosts = three_hosts(port)
+def test_a_host_that_does_not_come_to_the_comparison_is_named(hosts, ended):
     for host in hosts[:2]:
         host._line.tell({"topic": "what to run", "facts": {}, "timeout": 0.1})
     wait_for(lambda: len(ended) == 3)
     assert set(ended) == {("host 2 (c) did not tell what to run within 0 s", RESTART, False)}
 
 
-def test_a_host_that_is_gone_is_named_to_all_others(port, ended):
-    _, hosts = three_hosts(port)
-    hosts[1]._line._socket.shutdown(socket.SHUT_RDWR)
+def test_a_host_that_is_gone_is_named_to_all_others(hosts, ended):
+    cut_off(hosts[1])
     wait_for(lambda: len(ended) == 3)
     reason = "host 1 (b) is gone: it was killed, or its machine failed"
     assert (
@@ -165,20 +173,19 @@ def test_a_host_that_is_gone_is_named_to_all_others(port, ended):
     )  # the one that was cut off misses host 0
 
 
-def test_a_frozen_host_is_named(port, ended, monkeypatch):
-    monkeypatch.setattr("lightning_jax.hosts.hub.SILENCE_S", 0.5)
-    _, hosts = three_hosts(port)
+def test_a_frozen_host_is_named(hosts, ended, monkeypatch):
+    monkeypatch.setattr("lightning_jax.hosts.hub.SILENCE_S", 3.0)
     hosts[2]._line._lock.acquire()  # it beats no more
     wait_for(lambda: len(ended) == 3)
-    assert set(ended) == {("host 2 (c) was not heard of for 0 s: frozen, or cut off", RESTART, False)}
+    assert set(ended) == {("host 2 (c) was not heard of for 3 s: frozen, or cut off", RESTART, False)}
 
 
-def test_a_host_0_that_freezes_is_named(port, ended, monkeypatch):
-    monkeypatch.setattr("lightning_jax.hosts.line.SILENCE_S", 0.5)
-    hub, _ = three_hosts(port)
-    hub._loop.call_soon_threadsafe(time.sleep, 2)
+def test_a_host_0_that_freezes_is_named(request, ended, monkeypatch):
+    monkeypatch.setattr("lightning_jax.hosts.line.SILENCE_S", 3.0)
+    hosts = request.getfixturevalue("hosts")  # which listen so long from their beginning
+    hosts[0]._hub._loop.call_soon_threadsafe(time.sleep, 8)
     wait_for(lambda: len(ended) == 3)
-    assert set(ended) == {("host 0 (a) was not heard of for 0 s: frozen, or cut off", RESTART, False)}
+    assert set(ended) == {("host 0 (a) was not heard of for 3 s: frozen, or cut off", RESTART, False)}
 
 
 @pytest.mark.parametrize(
@@ -189,25 +196,22 @@ def test_a_host_0_that_freezes_is_named(port, ended, monkeypatch):
         (KeyboardInterrupt(), "stopped", 130),
     ],
 )
-def test_an_error_on_one_host_ends_all_with_its_reason_and_code(port, ended, monkeypatch, error, told, code):
+def test_an_error_on_one_host_ends_all_with_its_reason_and_code(hosts, ended, monkeypatch, error, told, code):
     monkeypatch.setattr("lightning_jax.hosts.hosts._CULPRIT_S", 0.0)
-    _, hosts = three_hosts(port)
     with pytest.raises(SystemExit), hosts[1]:
         raise error
     wait_for(lambda: len(ended) == 3)
     assert sorted(ended) == sorted([(told, code, False)] + [(f"host 1 (b) stopped: {told}", code, False)] * 2)
 
 
-def test_hosts_that_are_done_may_leave_one_after_the_other(port, ended, monkeypatch):
+def test_hosts_that_are_done_may_leave_one_after_the_other(hosts, ended, monkeypatch):
     left = threading.Barrier(3)
     monkeypatch.setattr("jax.distributed.shutdown", left.wait)
-    _, hosts = three_hosts(port)
 
     def leave(host):
         with host:
             pass
-        host._line._leaving = True  # the process would have ended
-        host._line._socket.shutdown(socket.SHUT_RDWR)
+        cut_off(host, told=True)  # the process would have ended
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(leave, hosts))
@@ -215,9 +219,8 @@ def test_hosts_that_are_done_may_leave_one_after_the_other(port, ended, monkeypa
     assert not ended
 
 
-def test_hosts_that_share_a_folder_see_it_and_the_one_that_does_not_is_named(port, ended, monkeypatch, tmp_path):
+def test_hosts_that_share_a_folder_see_it_and_the_one_that_does_not_is_named(hosts, ended, monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_jax.hosts.shared_folder._WAIT_S", 0.3)
-    _, hosts = three_hosts(port)
 
     def check(host):
         other = tmp_path / "elsewhere" if host.index == 2 else tmp_path / "here"

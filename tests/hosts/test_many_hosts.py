@@ -79,13 +79,13 @@ def hosts(folder: pathlib.Path, name: str, count: int, *, differ=(), environment
 
 def ends(processes) -> tuple[list[int], list[str]]:
     """The exit codes and what was said."""
-    said = [process.communicate(timeout=170)[0] for process in processes]
+    said = [process.communicate(timeout=400)[0] for process in processes]
     return [process.returncode for process in processes], said
 
 
 def wait_for_steps(run: pathlib.Path, step: int, processes) -> None:
     """Until a checkpoint of `step` or a later one is committed."""
-    end = time.monotonic() + 150
+    end = time.monotonic() + 400
     while not any(path.name.isdecimal() and int(path.name) >= step for path in run.glob("checkpoints/*")):
         assert all(process.poll() is None for process in processes), ends(processes)
         assert time.monotonic() < end
