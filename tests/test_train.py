@@ -47,6 +47,11 @@ def test_a_complete_run_started_again_says_so_and_changes_nothing(folder, capsys
     assert (folder / "done" / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_mesh_may_be_left_to_the_planner_and_be_another_than_before(folder, capsys):
+    assert train.main([*tiny_run.arguments(folder, "done", **ONE_STAGE), "--mesh=auto"]) == 0
+    assert capsys.readouterr().err.startswith("mesh data 8: fits with ")
+
+
 def test_a_save_that_failed_is_said_and_on_record(folder, capsys, monkeypatch):
     full = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr("lightning_jax.checkpoints.checkpoints.shutil.disk_usage", lambda path: full)

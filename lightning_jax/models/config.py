@@ -128,7 +128,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     logits_dtype: Literal["float32", "bfloat16"]
     loss_chunk: int  # tokens of each sequence whose logits exist at one time
-    remat: Literal["none", "dots", "full"]
+    remat: Literal["none", "dots", "full", "offload"]
 
     def problems(self) -> list[str]:
         """What is wrong with the sizes and choices, one line each: "field: what is wrong; what would be right"."""

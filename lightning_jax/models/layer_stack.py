@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lightning_jax.models.config import LayerKind, ModelConfig
 from lightning_jax.models.layers import RMSNorm, SwiGLU
 from lightning_jax.models.mixers import MIXERS, LayerState, StateArray, Tokens
 from lightning_jax.models.moe import MoE, RouterSums
 from lightning_jax.models.operators import Operators
+
+LAYER_INPUT = "layer_input"  # the name by which a rematerialisation policy knows it
 
 
 class Block(nnx.Module):
@@ -121,6 +124,7 @@ class LayerStack(nnx.Module):
 
         def layer(graphdef: nnx.GraphDef, carry: tuple[jax.Array, Any], inputs: tuple[nnx.State, Any, Any]):
             (x_BTD, arrays), (parameters, constants, place) = carry, inputs
+            x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
             own = None if state is None else LayerState(arrays, place)
             x_BTD, router, own = nnx.merge(graphdef, parameters)(x_BTD, constants, tokens, mask_BT, own)
             return (x_BTD, own and own.arrays), router
@@ -229,8 +233,22 @@ def stacked(create: Callable[[nnx.Rngs], nnx.Module], sizes: tuple[int, ...], *,
 
 
 def rematerialised(body: Callable, remat: str) -> Callable:
-    """A scanned layer that keeps for its backward pass everything, its weight products ("dots"), or its input only."""
-    if remat == "none":
-        return body
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-    return jax.checkpoint(body, policy=policies[remat])
+    """A scanned layer that keeps for its backward pass everything, its weight products ("dots"), or its input only.
+
+    "offload" keeps the input in the host's memory, where the platform has such a memory; CPUs keep it as "full" does.
+    """
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return body
+        case "dots":
+            return jax.checkpoint(body, policy=policies.dots_with_no_batch_dims_saveable)
+        case "full":
+            return jax.checkpoint(body)
+    to_host = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(LAYER_INPUT,),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(body, policy=to_host)

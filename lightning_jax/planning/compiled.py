@@ -1,10 +1,14 @@
 """The train step of a run compiled for devices that are not here: the compiler's own word on memory.
 
-TPU slices need the package libtpu, whose compiler needs no TPU; any mesh can be compiled for as many virtual devices of
-the CPU, whose buffers are laid out alike but whose fusion is its own.
+TPU slices need the package libtpu, whose compiler needs no TPU, and Hopper GPUs JAX's CUDA plugin; any mesh can be
+compiled for as many virtual devices of the CPU, whose buffers are laid out alike but whose fusion is its own. Kernels
+are compiled for their devices only where JAX runs on such; here it is their counterparts in XLA.
 """
 
+import importlib.util
+import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +19,13 @@ from jax.experimental import topologies
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.planning.collectives import sent_by_axes
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.programs import Programs
 from lightning_jax.stages import Stage
+from pallas_kernels.gpu.deviceless import PLUGIN, TARGETS
+
+HOPPER = ("h800", "h100", "h200")  # equal but for memory and links; described as the H200
 
 BATCH_DTYPES = {
     "inputs": "int32",
@@ -35,6 +43,8 @@ class Compiled:
     arguments: int  # weights, moments and the batch; donated, so that the results take no more
     temporaries: int  # gradients, activations and whatever else lives within the step
     compile_seconds: float
+    sent: dict[tuple[str, ...], float] | None  # bytes by mesh axes; None where the compiler does not show its program
+    on_host: int = 0  # what the step keeps there
 
     @property
     def total(self) -> int:
@@ -65,13 +75,27 @@ def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device])
         )
     start = time.perf_counter()
     try:
-        memory = lower(config, stage, devices).compile().memory_analysis()
+        program = lower(config, stage, devices).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"the compiler says: {str(error).splitlines()[0]}") from error
     seconds = time.perf_counter() - start
-    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds)
+    memory = program.memory_analysis()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        seconds,
+        _sent(program, config.resolved_mesh(len(devices))),
+        memory.host_temp_size_in_bytes,
+    )
+
+
+def _sent(program: jax.stages.Compiled, mesh: dict[str, int]) -> dict[tuple[str, ...], float] | None:
+    try:
+        return sent_by_axes(program.as_text(), mesh)
+    except jax.errors.JaxRuntimeError:  # of a TPU executable that is only described
+        return None
 
 
 def described_devices(target: Slice) -> Sequence[jax.Device]:
@@ -86,13 +110,28 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
         except RuntimeError as error:  # JAX has looked for its devices, to choose a size
             raise UserError(f"--devices={target.topology}: name the size: --config=FILE.py:SIZE") from error
         return jax.devices("cpu")
-    if target.chip.platform != "tpu":
-        raise UserError(
-            f"--compile: there is no compiler here for {target.chip.name}; leave --compile away, or use cpu:N"
-        )
+    if target.chip.platform == "gpu":
+        return _described_gpus(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         return topologies.get_topology_desc(target.topology, platform="tpu").devices
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--compile: {str(error).splitlines()[0]}; it needs: pip install libtpu") from error
+
+
+def _described_gpus(target: Slice) -> Sequence[jax.Device]:
+    chip = target.chip
+    if chip.name not in HOPPER:
+        raise UserError(
+            f"--compile: the compiler has no description of {chip.name}; leave --compile away, or use cpu:N"
+        )
+    if importlib.util.find_spec(PLUGIN) is None:
+        raise UserError(
+            f"--compile: for {chip.name} it needs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt; "
+            f"leave --compile away, or use cpu:N"
+        )
+    described = re.sub(r"device_memory_size: \d+", f"device_memory_size: {chip.memory_bytes:.0f}", TARGETS["h200"])
+    in_a_node = math.gcd(chip.linked, target.num_chips)
+    nodes = f"1x{target.num_chips // in_a_node}x{in_a_node}"
+    return topologies.get_topology_desc(platform="cuda", target_config=described, topology=nodes).devices

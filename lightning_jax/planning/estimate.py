@@ -1,8 +1,9 @@
 """What a step of a run takes on a slice, from the model's own arithmetic: no compiler, a second or two.
 
 Weights, gradients and moments are counted array by array as the sharding rules split them, and so exact. Activations
-are counted from what the backward pass keeps: of every layer its input (remat="full") or all it computed; of the layer
-at work everything; of the loss three buffers of a chunk's logits.
+are counted from what the backward pass keeps: of every layer its input (remat="full", and "offload" on the host, but
+for those on their way) or all it computed; of the layer at work everything; of the loss three buffers of a chunk's
+logits.
 
 Work and traffic are sums over one step on one device: products by `ModelConfig.flops_per_token` and once more the
 forward pass where it is rematerialised; collectives by mesh axis, in bytes that a device sends, as rings send them.
@@ -42,6 +43,7 @@ class Memory:
     batch: int
     activations: float  # kept from the forward pass for the backward pass
     temporaries: float  # of the layer at work or of the loss, whichever is more
+    on_host: float = 0  # activations that the host keeps; not in the total
 
     @property
     def arguments(self) -> int:
@@ -124,6 +126,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
             _layer_elements(model, sizes, held, device_rows, context) * BYTES[model.compute_dtype],
             _loss_bytes(model, sizes["tensor"], device_rows, min(model.loss_chunk, context // sizes["sequence"])),
         ),
+        on_host=_offloaded_elements(model) * device_tokens * BYTES[model.compute_dtype],
     )
     tokens = rows * context
     model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
@@ -183,9 +186,16 @@ def _kept_elements(model: ModelConfig, tensor: int) -> float:
     """Elements per token that the forward pass leaves to the backward pass."""
     if model.remat == "full":
         return (model.num_layers + 2) * model.hidden_size
+    if model.remat == "offload":
+        return 4 * model.hidden_size
     share = 1.0 if model.remat == "none" else 0.5  # "dots" keeps the products of weights
     layers = sum(_layer_elements_per_token(model, kind, tensor) for kind in model.layer_kinds())
     return share * layers + 2 * model.hidden_size
+
+
+def _offloaded_elements(model: ModelConfig) -> int:
+    """Elements per token that wait on the host for the backward pass."""
+    return model.num_layers * model.hidden_size if model.remat == "offload" else 0
 
 
 def _layer_elements_per_token(model: ModelConfig, kind: str, tensor: int) -> float:

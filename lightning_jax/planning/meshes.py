@@ -29,7 +29,7 @@ _ROWS_OF_8K = {  # for the stages of 8K; ours, since the paper does not say how 
     "v5p": MeshConfig.of(fsdp=-1, expert=32),
     "tpu7x": MeshConfig.of(fsdp=-1, expert=32),
     "v6e": MeshConfig.of(fsdp=-1, expert=32, tensor=4),  # two slices, or weights and moments in bfloat16
-    "h800": MeshConfig.of(fsdp=-1, expert=32, tensor=8),  # attention and feed-forward split within a node
+    "h800": MeshConfig.of(data=-1, fsdp=8, expert=32),
 }
 PRESETS = {
     "tinyllama_1.1b_v1.0": {"a100_40g": MeshConfig.of(fsdp=-1)},  # section 2 of the same: fully sharded

@@ -38,6 +38,8 @@ def plan_lines(
         ("memory of a device", f"{size(memory.total)}, estimated: {_verdict(plan)}"),
         *((f"  {name}", size(getattr(memory, kind))) for kind, name in KINDS.items()),
     ]
+    if memory.on_host:
+        rows.append(("  on the host", f"{size(memory.on_host)} of activations"))
     if compiled:
         rows += [
             ("  compiled", f"{size(compiled.total)}: {size(compiled.arguments)} between steps, "
@@ -49,6 +51,7 @@ def plan_lines(
         ("work of a device", f"{count(plan.flops)} FLOP a step, {count(plan.model_flops)} without recomputation"),
         ("memory traffic", f"{size(plan.memory_traffic)} a step"),
         *((f"sent over {' x '.join(axes)}", f"{size(sent)} a step") for axes, sent in plan.sent.items()),
+        *_compiled_traffic(compiled),
         *((f"least time, {name}", f"{each:.3g} s") for name, each in plan.seconds.items()),
         ("bound", f"{count(plan.tokens / seconds)} tokens/s; {resource} binds"),
         (
@@ -66,6 +69,14 @@ def plan_lines(
     if mfu * seconds > plan.seconds_at(1.0):
         lines.append(f"{mfu:.0%} MFU is out of reach: the roofline allows {plan.seconds_at(1.0) / seconds:.0%}")
     return lines + [f"change: {advice}" for advice in what_to_change(config, stage, plan)]
+
+
+def _compiled_traffic(compiled: Compiled | None) -> list[tuple[str, str]]:
+    if compiled is None:
+        return []
+    if compiled.sent is None:
+        return [("  compiled", "not known: the compiler does not show the program for these devices")]
+    return [(f"  compiled, {' x '.join(axes)}", f"{size(sent)} a step") for axes, sent in compiled.sent.items()]
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
@@ -88,8 +99,8 @@ def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]
         if config.model.param_dtype == "float32":
             advice.append("config.model.param_dtype=bfloat16 and moment_dtype=bfloat16 halve them")
     if memory.activations + memory.temporaries > memory.total / 3:
-        if config.model.remat != "full":
-            advice.append("config.model.remat=full keeps only each layer's input")
+        if config.model.remat in ("none", "dots"):
+            advice.append("config.model.remat=full keeps only each layer's input, offload on the host")
         rows_tokens = stage.config.context_length
         if (stage.config.batch_size.micro_batch_tokens or plan.tokens) > rows_tokens:
             advice.append(f"batch_size.micro_batch_tokens={rows_tokens}: one row of each device at a time")

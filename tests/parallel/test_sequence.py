@@ -14,13 +14,12 @@ from lightning_jax import parallel
 from lightning_jax.models.softmax_attention import softmax_attention
 
 ONE_DEVICE = (1, 1, 1, 1, 1)
-# data x fsdp x expert x tensor x sequence: every pair of axes, and every size of "sequence".
-LAYOUTS = [(1, 1, 1, 1, 8), (2, 1, 1, 2, 2), (1, 2, 2, 1, 2), (2, 1, 1, 1, 4), (1, 1, 2, 1, 4), (1, 2, 1, 1, 4)]
-LAYOUTS += [(1, 1, 1, 2, 4), (1, 1, 2, 2, 2), (1, 2, 1, 2, 2), (2, 2, 1, 1, 2), (2, 1, 2, 1, 2), (1, 1, 1, 1, 2)]
+# data x fsdp x expert x tensor x sequence: every pair of axes beside every size of "sequence".
+LAYOUTS = [(1, 1, 1, 1, 8), (2, 1, 1, 2, 2), (1, 2, 2, 1, 2), (1, 2, 1, 2, 2), (2, 2, 1, 1, 2), (2, 1, 2, 1, 2)]
 METHODS = ("ring", "all_gather")
 SLOW_CASES = [(LAYOUTS[0], "all_gather"), *zip(LAYOUTS, itertools.cycle(METHODS))]
 FAST_CASES = [((1, 2, 1, 1, 4), "ring"), ((1, 1, 2, 2, 2), "all_gather")]
-CASES = FAST_CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES if case not in FAST_CASES]
+CASES = FAST_CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
 
 
 def assert_same(actual, expected, tolerance):
@@ -36,7 +35,7 @@ def test_documents_that_straddle_devices_give_the_loss_and_gradients_of_each_alo
     assert_same(loss_and_gradients(layout, "auto", "float64", sequence_attention=method), alone, 1e-10)
 
 
-CAPACITY_LAYOUTS = [(1, 2, 1, 1, 4), (1, 1, 2, 2, 2), (1, 1, 1, 1, 8), (2, 1, 2, 1, 2)]
+CAPACITY_LAYOUTS = [(1, 2, 1, 1, 4), (1, 1, 2, 2, 2), (1, 1, 1, 1, 8)]
 
 
 SLOW_CAPACITY = [pytest.param(layout, marks=pytest.mark.slow) for layout in CAPACITY_LAYOUTS]
@@ -49,8 +48,9 @@ def test_capacity_drops_and_computes_the_same_on_split_rows(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ring", "all_gather"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "method"), [("float32", 1e-5, "all_gather"), ("float64", 1e-10, "ring")]
+)
 def test_rows_of_one_document_agree_with_one_device(dtype, tolerance, method):
     expected = loss_and_gradients(ONE_DEVICE, "auto", dtype, packed=False)
     actual = loss_and_gradients((2, 1, 1, 1, 4), "auto", dtype, packed=False, sequence_attention=method)

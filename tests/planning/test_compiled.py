@@ -2,18 +2,81 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from planned_runs import planned
 
+from lightning_jax.models.layer_stack import LAYER_INPUT, rematerialised
 from lightning_jax.parallel import MeshConfig, make_mesh
-from lightning_jax.planning.compiled import described_devices
+from lightning_jax.planning.compiled import compile_step, described_devices
+from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.hardware import parse_slice
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: pip install libtpu"
+)
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin: pip install jax-cuda13-plugin"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: pip install libtpu")
+@needs_libtpu
 def test_a_mesh_whose_axes_are_no_axes_of_the_torus_is_laid_out_on_it():
     devices = described_devices(parse_slice("v5p:8x8x8"))
     mesh = make_mesh(MeshConfig.of(fsdp=2, expert=32, tensor=8), devices)
     assert mesh.devices.shape == (1, 2, 32, 1, 8)
     neighbours = [device.coords for device in mesh.devices[0, 0, 0, 0]]
     assert len({axis for axis in range(3) if len({place[axis] for place in neighbours}) > 1}) == 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_step_of_a_small_model_on_a_slice_takes_what_is_estimated():
+    slice_ = parse_slice("v5p:2x2x2")
+    config, stage = planned("expert, capacity")
+    compiled = compile_step(config, stage, described_devices(slice_))
+    memory = estimate(config, stage, slice_).memory
+    assert compiled.arguments == pytest.approx(memory.arguments, rel=0.15)  # in tiles of the hardware's
+    assert compiled.compile_seconds > 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_offloaded_layer_inputs_wait_in_the_hosts_memory():
+    mesh = make_mesh(MeshConfig.of(fsdp=4), described_devices(parse_slice("v5p:2x2x1")))
+    layers, tokens, width = 16, 65536, 512
+
+    def layer(x, weight):
+        x = jax.ad_checkpoint.checkpoint_name(x, LAYER_INPUT)
+        return jnp.tanh(x @ weight) @ weight.T, None
+
+    def memory(remat):
+        def loss(weights, x):
+            return jnp.sum(jax.lax.scan(rematerialised(layer, remat), x, weights)[0] ** 2)
+
+        weights = jax.ShapeDtypeStruct(
+            (layers, width, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+        )
+        x = jax.ShapeDtypeStruct((4 * tokens, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+        return jax.jit(jax.grad(loss)).lower(weights, x).compile().memory_analysis()
+
+    kept, offloaded = memory("full"), memory("offload")
+    inputs = 4 * layers * tokens * width
+    assert kept.host_temp_size_in_bytes == 0
+    assert offloaded.host_temp_size_in_bytes == inputs
+    assert kept.temp_size_in_bytes - offloaded.temp_size_in_bytes > inputs / 3
+
+
+@pytest.mark.slow
+@needs_plugin
+def test_gpus_in_nodes_are_compiled_for():
+    target = parse_slice("h100:2x8")
+    devices = described_devices(target)
+    assert len(devices) == 16
+    assert {device.process_index for device in devices} == {0, 1}
+    mesh = make_mesh(MeshConfig.of(data=2, fsdp=8), devices)
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    assert "all-reduce" in jax.jit(jnp.sum).lower(x).compile().as_text()

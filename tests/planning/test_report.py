@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(capsys):
             "--stage=context_23k: no such stage; did you mean 'context_32k'?",
         ),
         (["--devices=v5p:4x4"], "config.mesh: data=1 x fsdp=-1 x expert=32 x sequence=1 x tensor=8 needs"),
-        (["--devices=h100:512", "--compile"], "--compile: there is no compiler here for h100"),
+        (["--devices=a100:512", "--compile"], "--compile: the compiler has no description of a100"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, error, capsys):
