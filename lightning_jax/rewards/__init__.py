@@ -11,6 +11,7 @@ from lightning_jax.rewards.puzzles import make_puzzle, puzzle_records, puzzle_re
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
 from lightning_jax.rewards.reward_model import RewardModelReward
 from lightning_jax.rewards.sandbox import Execution, FunctionTests, Limits, Program, Sandbox
+from lightning_jax.rewards.tulu3_ifeval import Tulu3IFEvalReward
 
 __all__ = [
     "ByDataset",
@@ -33,6 +34,7 @@ __all__ = [
     "RewardFunction",
     "RewardModelReward",
     "Sandbox",
+    "Tulu3IFEvalReward",
     "WeightedSum",
     "gsm8k_reward",
     "make_puzzle",

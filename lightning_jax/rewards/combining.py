@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
@@ -62,7 +63,7 @@ class ByDataset:
     rewards: Mapping[str, RewardFunction]
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
-        members: dict[str, list[int]] = {}
+        members: dict[Any, list[int]] = {}
         for i, completion in enumerate(completions):
             name = completion.record.get("dataset")
             if name not in self.rewards:

@@ -30,7 +30,13 @@ def _compare(count: int, relation: str, threshold: int) -> bool:
     return count < threshold if relation == "less than" else count >= threshold
 
 
-def _language(text: str) -> str | None:
+def require_langdetect() -> None:
+    """Raises UserError where it is not installed."""
+    if importlib.util.find_spec("langdetect") is None:
+        raise UserError("the reward of IFEval needs langdetect: pip install 'lightning_jax[rewards]'")
+
+
+def language_of(text: str) -> str | None:
     """The ISO 639-1 code, None for a text without any."""
     import langdetect
 
@@ -103,7 +109,8 @@ def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: 
     return count == num_paragraphs and word.lower() == first_word.lower()
 
 
-def _json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether a text, without the fence of Markdown, is JSON."""
     text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip()).strip()
     try:
         json.loads(text)
@@ -140,7 +147,7 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
     "keywords:letter_frequency": lambda text, letter, let_relation, let_frequency: _compare(
         text.lower().count(letter.lower()), let_relation, let_frequency
     ),
-    "language:response_language": lambda text, language: _language(text) == language,
+    "language:response_language": lambda text, language: language_of(text) == language,
     "length_constraints:number_sentences": lambda text, relation, num_sentences: _compare(
         sentences(text), relation, num_sentences
     ),
@@ -159,7 +166,7 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
         len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
     ),
-    "detectable_format:json_format": _json,
+    "detectable_format:json_format": is_json,
     "detectable_format:title": _titles,
     "combination:two_responses": _two_responses,
     "combination:repeat_prompt": lambda text, prompt_to_repeat: (
@@ -172,8 +179,8 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
     "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency: _compare(
         capital_words(text), capital_relation, capital_frequency
     ),
-    "change_case:english_capital": lambda text: text.isupper() and _language(text) == "en",
-    "change_case:english_lowercase": lambda text: text.islower() and _language(text) == "en",
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
     "punctuation:no_comma": lambda text: "," not in text,
 }
 
@@ -205,8 +212,7 @@ class IFEvalReward:
     """
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("langdetect") is None:
-            raise UserError("the reward of IFEval needs langdetect: pip install 'lightning_jax[rewards]'")
+        require_langdetect()
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
         return [self._reward(completion) for completion in completions]

@@ -12,7 +12,7 @@ from typing import Self
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.answers import final_part, last_line, last_number, math_answer
-from lightning_jax.rewards.process_pool import ProcessPool, TooMuchWork
+from lightning_jax.rewards.process_pool import ProcessPool, RequestFault
 from lightning_jax.rewards.reward import Completion, Reward, required
 
 PROCESS = Path(__file__).with_name("math_process.py")
@@ -85,7 +85,7 @@ class MathReward:
 
 
 def _reward(request: dict, outcome: dict | Exception) -> Reward:
-    if isinstance(outcome, TooMuchWork):
+    if isinstance(outcome, RequestFault):
         return Reward(0.0, str(outcome))
     if isinstance(outcome, Exception):
         return Reward.infra(f"math-verify: {outcome or type(outcome).__name__}")

@@ -1,6 +1,6 @@
 """A trained reward model as a reward: its score of the prompt with the completion as its last message."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from lightning_jax.rewards.reward import Completion, Reward
 class ScoresChats(Protocol):
     """What `lightning_jax.trained_reward_model.load_reward_model` returns, or anything that does the same."""
 
-    def scores(self, chats: Sequence[Sequence[Mapping[str, Any]]], /) -> Sequence[float]: ...
+    def scores(self, chats: Sequence[Sequence[Mapping[str, Any]]], /) -> Iterable[float]: ...
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,15 @@ def test_a_process_that_crashes_is_an_infra_error_and_is_replaced(math_reward, m
     assert math_reward([completion("2.0", ground_truth="2")])[0].score == 1
 
 
+def test_an_answer_that_crashes_the_parser_is_wrong(math_reward, monkeypatch):
+    def crash(self, request, seconds):
+        raise ProcessEnded("exit code -11", -signal.SIGSEGV)
+
+    monkeypatch.setattr("lightning_jax.json_process.JSONProcess.ask", crash)
+    (reward,) = math_reward([completion("1", ground_truth="2")])
+    assert (reward.score, reward.reason) == (0, "SIGSEGV")
+
+
 def test_what_is_missing_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lightning_jax\[rewards\]'"):

@@ -3,10 +3,13 @@
 import itertools
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from audit import assert_audited, completion
 
+from lightning_jax import rewards
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.puzzles import FAMILIES, LEVELS, make_puzzle, puzzle_records, puzzle_reward
 from lightning_jax.rewards.puzzles.core import solutions
@@ -176,3 +179,13 @@ def test_what_there_is_not_is_said_in_one_line():
         make_puzzle("maze", 6, 0)
     with pytest.raises(UserError, match="there is no family of puzzles 'chess'"):
         puzzle_reward([completion("", family="chess", ground_truth={})])
+
+
+def test_the_readme_names_all_families_and_no_other():
+    text = Path(rewards.__file__).with_name("README.md").read_text(encoding="utf-8")
+    unique, several = (
+        part.partition(".")[0]
+        for part in re.split("with one solution:|with several, all of which are accepted:", text)[1:]
+    )
+    assert re.findall("[a-z_0-9]+", unique) == sorted(UNIQUE)
+    assert re.findall("[a-z_0-9]+", several) == sorted(set(FAMILIES) - set(UNIQUE))

@@ -11,6 +11,7 @@ from typing import Any
 LONGEST_ANSWER = 10_000  # characters
 Cell = int
 Check = Callable[[list[Any], Cell], bool]
+Made = tuple[str, str, dict[str, Any], str]  # question, form of the answer, data, solution
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Family:
     """One kind of puzzle.
 
     Attributes:
-        make: (rng, *level) to (question, form of the answer, data, solution).
+        make: a puzzle from a random number generator and a level.
         check: whether an answer to the data is right; ValueError where it is none at all.
         levels: what `make` takes, from easy to difficult.
         unique: whether there is one solution only.
     """
 
-    make: Callable[..., tuple[str, str, dict[str, Any], str]]
+    make: Callable[..., Made]
     check: Callable[[Mapping[str, Any], str], bool]
     levels: Sequence[tuple]
     unique: bool

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_jax.rewards.puzzles.core import (
     MARKED_GRID,
     Cell,
+    Made,
     fixed,
     hide,
     lines_of,
@@ -20,7 +21,7 @@ from lightning_jax.rewards.puzzles.core import (
 )
 
 
-def make_kakurasu(rng: random.Random, size: int):
+def make_kakurasu(rng: random.Random, size: int) -> Made:
     lines = lines_of(size, size)
     truth = [rng.randint(0, 1) for _ in range(size**2)]
     sums = [sum(place * truth[cell] for place, cell in enumerate(line, 1)) for line in lines]
@@ -57,7 +58,7 @@ def _runs(values: Sequence[int]) -> list[int]:
     return [len(list(group)) for value, group in itertools.groupby(values) if value]
 
 
-def make_nonogram(rng: random.Random, size: int):
+def make_nonogram(rng: random.Random, size: int) -> Made:
     lines = lines_of(size, size)
     truth = [int(rng.random() < 0.6) for _ in range(size**2)]
     runs = [_runs([truth[cell] for cell in line]) for line in lines]
@@ -96,7 +97,7 @@ def _balanced(marks: Sequence[int | None]) -> bool:
     )
 
 
-def make_binairo(rng: random.Random, size: int, clues: int):
+def make_binairo(rng: random.Random, size: int, clues: int) -> Made:
     lines, domains = lines_of(size, size), [(0, 1)] * size**2
 
     def check(values: list, cell: Cell) -> bool:
@@ -107,7 +108,7 @@ def make_binairo(rng: random.Random, size: int, clues: int):
     given = reveal_until_unique(truth, start, lambda g: solutions(fixed(domains, truth, g), check=check), rng)
     question = (
         f"Fill this grid so that each row and each column has {size // 2} marked cells, and never three marked or "
-        f"three other cells in a row.\n\n{show_marks(hide(truth, given), size)}"
+        f"three other cells side by side.\n\n{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"given": hide(truth, given), "size": size}, show_marks(truth, size)
 

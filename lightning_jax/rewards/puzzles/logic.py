@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_jax.rewards.puzzles.core import read_integers, read_pairs
+from lightning_jax.rewards.puzzles.core import Made, read_integers, read_pairs
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -30,10 +30,10 @@ def _consistent(knights: Sequence[bool], statements: Sequence[Sequence[Any]]) ->
     )
 
 
-def make_knights_and_knaves(rng: random.Random, people: int):
+def make_knights_and_knaves(rng: random.Random, people: int) -> Made:
     names = rng.sample(NAMES, people)
     while True:
-        statements = []
+        statements: list[list[Any]] = []
         for speaker in range(people):
             a, b = rng.sample([each for each in range(people) if each != speaker], 2)
             statements.append([rng.choice(list(STATEMENTS)), a, b, rng.randint(0, people)])
@@ -99,7 +99,7 @@ def _worlds(values: Sequence[Sequence[str]], clues: Sequence[Sequence[str]]) -> 
     return extend({}, values)
 
 
-def make_zebra(rng: random.Random, houses: int, attributes: int):
+def make_zebra(rng: random.Random, houses: int, attributes: int) -> Made:
     names = rng.sample(list(ATTRIBUTES), attributes)
     values = [rng.sample(ATTRIBUTES[name], houses) for name in names]
     truth = {value: house for row in values for house, value in enumerate(row)}
@@ -145,13 +145,13 @@ def check_zebra(data: Mapping[str, Any], answer: str) -> bool:
     return all(CLUES[kind][1](house[a], house[b]) for kind, a, b in data["clues"])
 
 
-def make_satisfiability(rng: random.Random, variables: int, clauses: int):
+def make_satisfiability(rng: random.Random, variables: int, clauses: int) -> Made:
     names = LETTERS[:variables].upper()
     truth = {name: rng.random() < 0.5 for name in names}
     while True:
-        formula = []
+        formula: list[list[list[Any]]] = []
         while len(formula) < clauses:
-            clause = [[name, rng.random() < 0.5] for name in rng.sample(names, 3)]
+            clause: list[list[Any]] = [[name, rng.random() < 0.5] for name in rng.sample(names, 3)]
             if any(truth[name] == sign for name, sign in clause):
                 formula.append(clause)
         # Neither all true nor all false may do.
@@ -180,7 +180,7 @@ def check_satisfiability(data: Mapping[str, Any], answer: str) -> bool:
 GOODS = ("a lamp", "a book", "a kite", "a drum", "a ring", "a map", "a clock", "a rope")
 
 
-def make_goods_exchange(rng: random.Random, people: int, trades: int):
+def make_goods_exchange(rng: random.Random, people: int, trades: int) -> Made:
     names, goods = rng.sample(NAMES, people), rng.sample(GOODS, people)
     owner = dict(zip(names, goods, strict=True))
     told = [f"{name} has {good}." for name, good in owner.items()]
@@ -207,7 +207,7 @@ def _word(rng: random.Random, length: int) -> str:
     return "".join(rng.choice("bdfgklmnprst" if i % 2 == 0 else "aeiou") for i in range(length))
 
 
-def make_word_sorting(rng: random.Random, words: int):
+def make_word_sorting(rng: random.Random, words: int) -> Made:
     alphabet = "".join(rng.sample(LETTERS, len(LETTERS)))
     start = _word(rng, 2)
     listed = list(dict.fromkeys(rng.choice(["", start]) + _word(rng, rng.randint(2, 5)) for _ in range(words)))
@@ -223,8 +223,8 @@ def check_word_sorting(data: Mapping[str, Any], answer: str) -> bool:
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
-def make_brackets(rng: random.Random, opened: int, closed: int):
-    text, stack = "", []
+def make_brackets(rng: random.Random, opened: int, closed: int) -> Made:
+    text, stack = "", list[str]()
     steps = ["open"] * opened + ["close"] * closed
     rng.shuffle(steps)
     for step in steps:
@@ -244,7 +244,7 @@ def check_brackets(data: Mapping[str, Any], answer: str) -> bool:
     return "".join(answer.split()) == data["rest"]
 
 
-def make_cipher(rng: random.Random, words: int, keyed: bool):
+def make_cipher(rng: random.Random, words: int, keyed: bool) -> Made:
     plain = " ".join(_word(rng, rng.randint(4, 7)) for _ in range(words))
     if keyed:
         code = "".join(rng.sample(LETTERS, len(LETTERS)))
@@ -264,7 +264,7 @@ def check_cipher(data: Mapping[str, Any], answer: str) -> bool:
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # north, east, south, west
 
 
-def make_directions(rng: random.Random, moves: int):
+def make_directions(rng: random.Random, moves: int) -> Made:
     x = y = heading = 0
     told = []
     for _ in range(moves):

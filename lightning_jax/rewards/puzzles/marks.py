@@ -8,6 +8,7 @@ from typing import Any
 from lightning_jax.rewards.puzzles.core import (
     MARKED_GRID,
     Cell,
+    Made,
     fixed,
     hide,
     lines_of,
@@ -22,7 +23,7 @@ from lightning_jax.rewards.puzzles.core import (
 )
 
 
-def make_minesweeper(rng: random.Random, size: int, mines: int):
+def make_minesweeper(rng: random.Random, size: int, mines: int) -> Made:
     cells, around = range(size**2), neighbours(size, size, diagonal=True)
     mined = set(rng.sample(cells, mines))
     truth = [int(cell in mined) for cell in cells]
@@ -45,7 +46,7 @@ def make_minesweeper(rng: random.Random, size: int, mines: int):
     numbers = [counts[cell] if cell in shown else None for cell in cells]
     question = (
         "In this minefield a number tells how many of the up to eight cells around it have a mine; a cell with a "
-        f"number has none. There are {mines} mines. Mark them.\n\n{show(numbers, size)}"
+        f"number has none, and nobody knows the others. There are {mines} mines. Mark them.\n\n{show(numbers, size)}"
     )
     return question, MARKED_GRID, {"numbers": numbers, "mines": mines, "size": size}, show_marks(truth, size)
 
@@ -76,7 +77,7 @@ def _matched(trees: Sequence[Cell], tents: set[Cell], around: Sequence[Sequence[
     return len(trees) == len(tents) and all(give(tree, set()) for tree in trees)
 
 
-def make_campsite(rng: random.Random, size: int, tents: int):
+def make_campsite(rng: random.Random, size: int, tents: int) -> Made:
     cells, lines = range(size**2), lines_of(size, size)
     beside, around = (neighbours(size, size, diagonal=each) for each in (False, True))
     while True:
@@ -126,7 +127,7 @@ def check_campsite(data: Mapping[str, Any], answer: str) -> bool:
     )
 
 
-def make_star_placement(rng: random.Random, size: int):
+def make_star_placement(rng: random.Random, size: int) -> Made:
     around, beside = neighbours(size, size, diagonal=True), neighbours(size, size, diagonal=False)
     while True:
         columns = rng.sample(range(size), size)
@@ -173,7 +174,7 @@ def _pressed(lights: Sequence[int], presses: Sequence[int], size: int) -> list[i
     ]
 
 
-def make_lights_out(rng: random.Random, size: int, presses: int):
+def make_lights_out(rng: random.Random, size: int, presses: int) -> Made:
     pressed = set(rng.sample(range(size**2), presses))
     truth = [int(cell in pressed) for cell in range(size**2)]
     lights = _pressed([0] * size**2, truth, size)
@@ -188,7 +189,7 @@ def check_lights_out(data: Mapping[str, Any], answer: str) -> bool:
     return not any(_pressed(data["lights"], read_marks(answer, data["size"]), data["size"]))
 
 
-def make_queens(rng: random.Random, size: int, given: int):
+def make_queens(rng: random.Random, size: int, given: int) -> Made:
     def check(values: list, row: Cell) -> bool:
         return all(
             other is None or each == row or (other != values[row] and abs(other - values[row]) != abs(each - row))

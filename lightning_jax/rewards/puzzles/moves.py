@@ -1,10 +1,12 @@
 """Puzzles that are solved by moves: mazes, the tower of Hanoi, water jugs, the sliding puzzle."""
 
+import functools
+import operator
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lightning_jax.rewards.puzzles.core import neighbours, show
+from lightning_jax.rewards.puzzles.core import Made, neighbours, show
 
 State = TypeVar("State", bound=Hashable)
 STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
@@ -12,8 +14,8 @@ STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
 def shortest(
     start: State, done: Callable[[State], bool], moves: Callable[[State], Iterable[tuple[str, State]]]
-) -> list[str] | None:
-    """The moves of a shortest way, None where there is none."""
+) -> list[str]:
+    """The moves of a shortest way; none where there is no way, or nothing to do."""
     before: dict[State, tuple[str, State] | None] = {start: None}
     edge = [start]
     while edge:
@@ -30,16 +32,17 @@ def shortest(
                     before[after] = (name, state)
                     following.append(after)
         edge = following
-    return None
+    return []
 
 
 def follow(start: State, words: Sequence[str], moves: Callable[[State], Iterable[tuple[str, State]]]) -> State:
     """Where the moves of an answer lead. Raises ValueError where one is not possible."""
     state = start
     for word in words:
-        state = next((after for name, after in moves(state) if name == word), None)
-        if state is None:
+        after = next((after for name, after in moves(state) if name == word), None)
+        if after is None:
             raise ValueError(f"{word} is not possible")
+        state = after
     return state
 
 
@@ -53,13 +56,13 @@ def _maze_moves(walls: Sequence[int], size: int) -> Callable[[int], list[tuple[s
     return moves
 
 
-def make_maze(rng: random.Random, size: int):
+def make_maze(rng: random.Random, size: int) -> Made:
     while True:
         walls = [int(rng.random() < 0.35) for _ in range(size**2)]
         start, goal = rng.sample(range(size**2), 2)
         walls[start] = walls[goal] = 0
-        way = shortest(start, lambda cell, goal=goal: cell == goal, _maze_moves(walls, size))
-        if way and len(way) >= size:
+        way = shortest(start, functools.partial(operator.eq, goal), _maze_moves(walls, size))
+        if len(way) >= size:
             break
     shown = ["S" if cell == start else "G" if cell == goal else ".#"[wall] for cell, wall in enumerate(walls)]
     question = (
@@ -88,15 +91,15 @@ def _hanoi_moves(pegs: tuple[tuple[int, ...], ...]) -> list[tuple[str, tuple[tup
     return after
 
 
-def make_hanoi(rng: random.Random, disks: int):
+def make_hanoi(rng: random.Random, disks: int) -> Made:
     goal = ((), (), tuple(range(disks, 0, -1)))
     while True:
         pegs: list[list[int]] = [[], [], []]
         for disk in range(disks, 0, -1):
             rng.choice(pegs).append(disk)
         start = tuple(map(tuple, pegs))
-        way = shortest(start, lambda state: state == goal, _hanoi_moves)
-        if way and len(way) >= 2 ** (disks - 1):
+        way = shortest(start, functools.partial(operator.eq, goal), _hanoi_moves)
+        if len(way) >= 2 ** (disks - 1):
             break
     listed = "; ".join(f"{name}: {' '.join(map(str, peg)) or 'none'}" for name, peg in zip("ABC", start, strict=True))
     question = (
@@ -129,12 +132,16 @@ def _jug_moves(sizes: Sequence[int]) -> Callable[[tuple[int, ...]], list[tuple[s
     return moves
 
 
-def make_water_jugs(rng: random.Random, jugs: int, steps: int):
+def _measured(target: int, jugs: tuple[int, ...]) -> bool:
+    return jugs[-1] == target
+
+
+def make_water_jugs(rng: random.Random, jugs: int, steps: int) -> Made:
     while True:
         sizes = rng.sample(range(3, 20), jugs)
         target = rng.randint(1, sizes[-1])
-        way = shortest((0,) * jugs, lambda state, target=target: state[-1] == target, _jug_moves(sizes))
-        if way and len(way) >= steps:
+        way = shortest((0,) * jugs, functools.partial(_measured, target), _jug_moves(sizes))
+        if len(way) >= steps:
             break
     question = (
         f"You have empty jugs of {', '.join(map(str, sizes))} litres, numbered from 1, and a tap. Measure exactly "
@@ -148,7 +155,7 @@ def make_water_jugs(rng: random.Random, jugs: int, steps: int):
 def check_water_jugs(data: Mapping[str, Any], answer: str) -> bool:
     moves = answer.replace(",", " ").split()
     end = follow((0,) * len(data["sizes"]), moves, _jug_moves(data["sizes"]))
-    return len(moves) <= data["most"] and end[-1] == data["target"]
+    return len(moves) <= data["most"] and _measured(data["target"], end)
 
 
 def _slides(width: int, height: int) -> Callable[[tuple[int, ...]], list[tuple[str, tuple[int, ...]]]]:
@@ -165,7 +172,7 @@ def _slides(width: int, height: int) -> Callable[[tuple[int, ...]], list[tuple[s
     return moves
 
 
-def make_sliding(rng: random.Random, width: int, height: int, steps: int):
+def make_sliding(rng: random.Random, width: int, height: int, steps: int) -> Made:
     goal = (*range(1, width * height), 0)
     moves, tiles, before = _slides(width, height), goal, None
     solution: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_jax.rewards.puzzles.core import (
     Cell,
+    Made,
     fixed,
     hide,
     lines_of,
@@ -71,7 +72,7 @@ def _expression(numbers: Sequence[int], target: int) -> str | None:
     return next((text for value, text in _reachable(starts) if value == target), None)
 
 
-def make_game_of_24(rng: random.Random, count: int, largest: int):
+def make_game_of_24(rng: random.Random, count: int, largest: int) -> Made:
     while True:
         numbers = [rng.randint(1, largest) for _ in range(count)]
         if solution := _expression(numbers, 24):
@@ -85,7 +86,7 @@ def check_game_of_24(data: Mapping[str, Any], answer: str) -> bool:
     return value == 24 and Counter(used) == Counter(data["numbers"])
 
 
-def make_countdown(rng: random.Random, count: int, used: int):
+def make_countdown(rng: random.Random, count: int, used: int) -> Made:
     while True:
         numbers = [rng.choice([*range(1, 11), 25, 50, 75, 100]) for _ in range(count)]
         starts = [(Fraction(number), str(number)) for number in rng.sample(numbers, used)]
@@ -109,7 +110,7 @@ def check_countdown(data: Mapping[str, Any], answer: str) -> bool:
     return value == data["target"] and not Counter(used) - Counter(data["numbers"])
 
 
-def make_operators(rng: random.Random, count: int):
+def make_operators(rng: random.Random, count: int) -> Made:
     while True:
         numbers = [rng.randint(2, 9) for _ in range(count)]
         signs = [rng.choice("+-*") for _ in numbers[1:]]
@@ -129,7 +130,7 @@ def check_operators(data: Mapping[str, Any], answer: str) -> bool:
     return value == data["value"] and numbers == data["numbers"]
 
 
-def make_cryptarithm(rng: random.Random, digits: int):
+def make_cryptarithm(rng: random.Random, digits: int) -> Made:
     largest = 10**digits
     first, second = (rng.randrange(largest // 10, largest) for _ in range(2))
     words = [str(first), str(second), str(first + second)]
@@ -187,7 +188,7 @@ def check_cryptarithm(data: Mapping[str, Any], answer: str) -> bool:
     )
 
 
-def make_survo(rng: random.Random, width: int, height: int, clues: int):
+def make_survo(rng: random.Random, width: int, height: int, clues: int) -> Made:
     count, lines = width * height, lines_of(width, height)
     truth = rng.sample(range(1, count + 1), count)
     sums = [sum(truth[cell] for cell in line) for line in lines]
@@ -231,7 +232,7 @@ def _random_path(rng: random.Random, size: int) -> list[Cell]:
     return path
 
 
-def make_numbrix(rng: random.Random, size: int, clues: int):
+def make_numbrix(rng: random.Random, size: int, clues: int) -> Made:
     path, around = _random_path(rng, size), neighbours(size, size, diagonal=False)
     truth = [path.index(cell) + 1 for cell in range(size**2)]
 
@@ -272,7 +273,7 @@ def check_numbrix(data: Mapping[str, Any], answer: str) -> bool:
     return all(place[number + 1] in around[place[number]] for number in range(1, size**2))
 
 
-def make_operation(rng: random.Random, depth: int):
+def make_operation(rng: random.Random, depth: int) -> Made:
     a, b, c = rng.randint(2, 5), rng.choice([-4, -3, -2, 2, 3, 4]), rng.randint(-9, 9)
     numbers = [rng.randint(2, 9) for _ in range(depth + 1)]
     text, value = str(numbers[0]), numbers[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_jax.rewards.puzzles.core import (
     Cell,
+    Made,
     fixed,
     hide,
     lines_of,
@@ -39,7 +40,7 @@ def _boxes(height: int, width: int) -> list[list[Cell]]:
     return list(boxes.values())
 
 
-def make_sudoku(rng: random.Random, height: int, width: int, clues: int):
+def make_sudoku(rng: random.Random, height: int, width: int, clues: int) -> Made:
     size, boxes = height * width, _boxes(height, width)
     truth = _latin(size, rng, boxes)
     groups = [*lines_of(size, size), *boxes]
@@ -59,7 +60,7 @@ def check_sudoku(data: Mapping[str, Any], answer: str) -> bool:
     return matches_given(values, data["given"]) and _is_latin(values, height * width, _boxes(height, width))
 
 
-def make_futoshiki(rng: random.Random, size: int, signs: int):
+def make_futoshiki(rng: random.Random, size: int, signs: int) -> Made:
     truth = _latin(size, rng)
     pairs = [
         (a, b) for a, around in enumerate(neighbours(size, size, diagonal=False)) for b in around if truth[a] < truth[b]
@@ -103,7 +104,7 @@ def _views(size: int) -> list[list[Cell]]:
     return [*rows, *(row[::-1] for row in rows), *columns, *(column[::-1] for column in columns)]
 
 
-def make_skyscrapers(rng: random.Random, size: int, clues: int):
+def make_skyscrapers(rng: random.Random, size: int, clues: int) -> Made:
     truth, views = _latin(size, rng), _views(size)
     seen: list[int | None] = [None] * len(views)
     for view in rng.sample(range(len(views)), clues):
@@ -169,7 +170,7 @@ def _cages(rng: random.Random, size: int) -> list[list[Cell]]:
     return cages
 
 
-def make_calcudoku(rng: random.Random, size: int):
+def make_calcudoku(rng: random.Random, size: int) -> Made:
     truth, cages = _latin(size, rng), []
     for cells in _cages(rng, size):
         numbers = [truth[cell] for cell in cells]
