@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import recording
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
 from lightning_jax.planning.compiled import compile_step, described_devices
 from lightning_jax.planning.estimate import estimate

@@ -16,6 +16,7 @@ works and writes nothing.
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import statistics
@@ -237,7 +238,7 @@ def trl_side(threads: int) -> Answers:
         half = length // 2
         records = [
             # TRL puts the end token behind an answer.
-            {"prompt": text(c[:half]), "chosen": text(c[half:-1]), "rejected": text(r[half:-1])}
+            {"prompt": text(c[:half]), "chosen": " " + text(c[half:-1]), "rejected": " " + text(r[half:-1])}
             for c, r in random_pairs(model, pairs, length)
         ]
         network = transformers.AutoModelForCausalLM.from_config(torch_config(model), dtype=torch.float32)
@@ -256,7 +257,11 @@ def trl_side(threads: int) -> Answers:
             disable_tqdm=True,
         )
         trainer = DPOTrainer(
-            network, args=settings, train_dataset=datasets.Dataset.from_list(records), processing_class=tokenizer
+            network,
+            ref_model=copy.deepcopy(network) if reference == "live" else None,
+            args=settings,
+            train_dataset=datasets.Dataset.from_list(records),
+            processing_class=tokenizer,
         )
         network = trainer.model.train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)

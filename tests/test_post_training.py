@@ -171,7 +171,7 @@ ADAPTERS = {
     "lora.alpha": 4,
     "lora.targets": "mixer.query_key_value,mixer.output,mixer.query,feed_forward.down",
 }
-LIVE = {"run_stages": "dpo", "stages.dpo.preference.reference": "live", "checkpoints.keep_newest": 2}
+LIVE = {"run_stages": "dpo", "stages.dpo.preference.reference": "live", "stages.dpo.schedule.peak": 1e-2}
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
-from lightning_jax.models import HybridLM, ModelConfig
-from lightning_jax.models.config import BYTES
+from lightning_jax.models import HybridLM, ModelConfig, lora
+from lightning_jax.models.config import BYTES, LoraConfig
 from lightning_jax.parallel.config import AXES
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.stages import Stage, num_micro_batches
@@ -119,7 +119,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         weights=held.weights,
         moments=held.moments,
         # Micro-batches add to a sum, and so have two.
-        gradients=held.weights * (1 if parts == 1 else 2),
+        gradients=held.trained * (1 if parts == 1 else 2),
         batch=17 * device_tokens * parts,  # four arrays of int32 and a mask
         activations=_kept_elements(model, sizes["tensor"]) * device_tokens * BYTES[model.compute_dtype],
         temporaries=max(
@@ -131,6 +131,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
     tokens = rows * context
     model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
     passes = 3 if model.remat == "none" else 4  # forward, twice its work backward, and the forward again
+    frozen_passes = 1 if config.lora else 0  # a backward pass takes no gradient of what is frozen
     return Estimate(
         target=target,
         mesh=sizes,
@@ -138,7 +139,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         micro_batches=parts,
         memory=memory,
         model_flops=model_flops,
-        flops=model_flops * passes / 3,
+        flops=model_flops * (passes - frozen_passes) / 3,
         memory_traffic=_memory_traffic(model, memory, sizes, held, device_tokens, parts, passes),
         sent=_sent(model, sizes, held, device_rows, device_tokens, parts, passes),
     )
@@ -149,37 +150,49 @@ class Held:
     """Bytes of parameters and moments on one device, and elements by how they are split."""
 
     weights: int
+    trained: int  # of these bytes, all or those of adapters
     moments: int
-    dense: int  # elements of the layers' weights and the ends' with the model dim whole, other splits as they are
-    experts: int  # likewise of the experts'
+    gathered: dict[tuple[str, ...], int]  # elements by the axes that split the model dim, with it whole
+    gathered_trained: dict[tuple[str, ...], int]  # of these, what is trained
 
     @property
-    def gathered(self) -> int:
-        return self.dense + self.experts
+    def all_gathered(self) -> int:
+        return sum(self.gathered.values())
 
 
 @functools.cache
-def _abstract_params(model: ModelConfig) -> nnx.State:
-    return jax.eval_shape(lambda: nnx.state(HybridLM(model, rngs=nnx.Rngs(params=0)), nnx.Param))
+def _abstract_params(model: ModelConfig, adapters: LoraConfig | None) -> nnx.State:
+    def parameters() -> nnx.State:
+        language_model = HybridLM(model, rngs=nnx.Rngs(params=0))
+        if adapters:
+            lora.adapt(language_model, adapters, rngs=nnx.Rngs(params=0))
+        return nnx.state(language_model, nnx.Param)
+
+    return jax.eval_shape(parameters)
 
 
 def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
-    abstract = _abstract_params(config.model)
+    abstract = _abstract_params(config.model, config.lora)
     shardings = nnx.to_flat_state(parallel.shardings(abstract, mesh))
-    weights = moments = dense = experts = 0
+    weights = trained = moments = 0
+    gathered, gathered_trained = {DENSE: 0, EXPERTS: 0}, {DENSE: 0, EXPERTS: 0}
     moment_bytes = BYTES[stage.config.optimizer.moment_dtype]
     for (_, leaf), (_, placed) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         array, sharding = leaf.get_value(), placed.get_value()
         assert isinstance(sharding, NamedSharding)
         share = math.prod(sharding.shard_shape(array.shape))
+        logical_axes = leaf.get_metadata("logical_axes")
+        split = EXPERTS if "expert_embed" in logical_axes else DENSE
+        whole = 0
+        if {"embed", "expert_embed"} & set(logical_axes):
+            whole = share * math.prod(mesh.shape[axis] for axis in split)
         weights += share * array.dtype.itemsize
-        moments += 2 * share * moment_bytes
-        axes = leaf.get_metadata("logical_axes")
-        if "embed" in axes:
-            dense += share * math.prod(mesh.shape[axis] for axis in DENSE)
-        elif "expert_embed" in axes:
-            experts += share * math.prod(mesh.shape[axis] for axis in EXPERTS)
-    return Held(weights, moments, dense, experts)
+        gathered[split] += whole
+        if not config.lora or isinstance(leaf, lora.Adapter):
+            trained += share * array.dtype.itemsize
+            moments += 2 * share * moment_bytes
+            gathered_trained[split] += whole
+    return Held(weights, trained, moments, gathered, gathered_trained)
 
 
 def _kept_elements(model: ModelConfig, tensor: int) -> float:
@@ -221,7 +234,7 @@ def _layer_elements(model: ModelConfig, sizes: dict[str, int], held: Held, rows:
         # The tokens of all devices along "expert" come to each of them.
         per_token += (sizes["expert"] - 1) * (_copies(model) * (3 * model.intermediate_size / sizes["tensor"]))
     ends = 2 * model.vocab_size * model.hidden_size / sizes["tensor"]
-    weights = (held.gathered - ends) / model.num_layers
+    weights = (held.all_gathered - ends) / model.num_layers
     return 2 * per_token * tokens + 2 * weights
 
 
@@ -237,7 +250,7 @@ def _memory_traffic(
     width = BYTES[model.compute_dtype]
     layers = sum(_layer_elements_per_token(model, kind, sizes["tensor"]) for kind in model.layer_kinds())
     state = 2 * (memory.weights + memory.moments) + 2 * memory.gradients
-    return parts * passes * width * (held.gathered + 2 * layers * tokens) + state
+    return parts * passes * width * (held.all_gathered + 2 * layers * tokens) + state
 
 
 def _sent(
@@ -252,11 +265,11 @@ def _sent(
         if axes and size:
             sent[axes] = sent.get(axes, 0.0) + size
 
-    for axes, elements in ((DENSE, held.dense), (EXPERTS, held.experts)):
+    for axes, elements in held.gathered.items():
         # Gathered in the forward pass and again in the backward pass; the gradient scattered, and summed over replicas.
-        devices = math.prod(sizes[axis] for axis in axes)
-        add(axes, parts * 3 * width * elements * (devices - 1) / devices)
-        add(("data",), parts * _all_reduce(width * elements / devices, sizes["data"]))
+        devices, trained = math.prod(sizes[axis] for axis in axes), held.gathered_trained[axes]
+        add(axes, parts * width * (2 * elements + trained) * (devices - 1) / devices)
+        add(("data",), parts * _all_reduce(width * trained / devices, sizes["data"]))
     expert, sequence, tensor = (sizes[axis] for axis in AXES[2:])
     layers = model.num_layers
     if model.num_experts:

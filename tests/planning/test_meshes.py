@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from lightning_jax.config import load_config
+from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.plan import main
