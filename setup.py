@@ -35,6 +35,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "evaluation": ["lm_eval>=0.4.13"],
+        "rewards": ["math-verify>=0.9", "langdetect>=1.0.9"],  # answers of math; constraints on a text's language
         # The compilers of TPUs and of NVIDIA GPUs, for any Linux machine: the tests of the kernels that need them run.
         "tpu_compile": ["libtpu"],
         "gpu_compile": ["jax-cuda13-plugin>=0.11", "jax-cuda13-pjrt>=0.11", "nvidia-cuda-nvcc>=13"],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import recording
 
-from lightning_jax.rewards import CodeReward, Completion, MathReward, RewardFunction, Sandbox, gsm8k_reward
+from lightning_jax.rewards import CodeReward, Completion, MathReward, Program, RewardFunction, Sandbox, gsm8k_reward
 from lightning_jax.rewards.answers import math_answer
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
@@ -71,7 +71,7 @@ def gsm8k(path: Path, step: int, math: RewardFunction) -> dict[str, dict]:
             completions.append(completion(row[model]["solution"], ground_truth=truth))
             labels.append(row[model]["is_correct"])
 
-    def results(name: str, accepted: list[bool], rate: float) -> dict:
+    def results(name: str, accepted: list[bool], rate: float | None) -> dict:
         disagreed = [
             {"text": each.text[-200:], "truth": each.record["ground_truth"], "label": label}
             for each, ours, label in zip(completions, accepted, labels, strict=True)
@@ -81,14 +81,17 @@ def gsm8k(path: Path, step: int, math: RewardFunction) -> dict[str, dict]:
 
     tulu = [tulu3_gsm8k(each.text, each.record["ground_truth"]) for each in completions]
     return (
-        results("GSM8K, Tulu 3's rule", tulu, 0.0)
+        results("GSM8K, Tulu 3's rule", tulu, None)
         | results("GSM8K, last number", *timed(gsm8k_reward, completions))
         | results("GSM8K, math-verify", *timed(math, completions))
     )
 
 
 def math(path: Path, step: int, reward: RewardFunction) -> dict[str, dict]:
-    """Solutions against their own answers, which are right, and against the next problem's, which are seldom."""
+    """Solutions against their own answers, which are right, and against the next problem's where that is another text.
+
+    Two texts may be one answer, x=5 and 5; such a pair is counted as wrongly accepted.
+    """
     rows = rows_of(path, step)
     others = [*rows[1:], rows[0]]
     answers = [math_answer(row["solution"]) for row in rows]
@@ -120,11 +123,23 @@ def humaneval(path: Path, step: int, reward: RewardFunction) -> dict[str, dict]:
 
 
 def mutate(source: str, name: str) -> str:
-    """The function returns something else: (value, 0) for each of its values."""
+    """The function does its work and returns something else: a pair of its value and 0."""
     tree = ast.parse(source)
     (function,) = (each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name)
     function.name = "original"
     return f"{ast.unparse(tree)}\n\ndef {name}(*arguments):\n    return original(*arguments), 0\n"
+
+
+def executions_per_second(workers: int, step: int) -> float:
+    """Of a program that only prints, in the sandbox: what isolation and the start of Python cost."""
+    programs = [Program("print(1)")] * (400 // step)
+    with Sandbox(workers) as sandbox:
+        begin = time.perf_counter()
+        executions = sandbox.run(programs)
+        seconds = time.perf_counter() - begin
+    if any(each.stdout != "1\n" for each in executions):
+        raise RuntimeError("an execution failed")
+    return len(programs) / seconds
 
 
 def main() -> None:
@@ -151,13 +166,20 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name, each in results.items():
+        rate = f"{each['per_second']:,.0f}" if each["per_second"] else ""
         lines.append(
             f"| {name} | {each['solutions']:,} | {each['precision']:.4f} | {each['recall']:.4f} "
-            f"| {each['false_positives']} | {each['false_negatives']} | {each['per_second']:,.0f} |"
+            f"| {each['false_positives']} | {each['false_negatives']} | {rate} |"
         )
+    executions = executions_per_second(options.workers, step)
+    lines += ["", f"The sandbox executes {executions:.0f} programs a second with {options.workers} workers."]
     versions = {"lightning_jax": recording.package_versions("math-verify", "sympy")}
     recording.write(
-        "verifiers", lines, {"results": results}, versions, folder=None if options.quick else recording.RESULTS
+        "verifiers",
+        lines,
+        {"results": results, "executions_per_second": executions},
+        versions,
+        folder=None if options.quick else recording.RESULTS,
     )
 
 

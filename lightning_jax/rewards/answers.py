@@ -7,6 +7,7 @@ from decimal import Decimal
 NUMBER = re.compile(r"(?:(?<![\w)\]}.])[-+])?(?:\d+\.\d+|\.\d+|\d+)")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 FINAL_ANSWER = re.compile(r"final answer is:?(.*?)(?:\. I hope it is correct|\.?\s*$)", re.IGNORECASE | re.MULTILINE)
+FORMULA = re.compile(r"(?<!\\)\$(?!\s)([^$]+?)(?<![\s\\])\$(?!\d)")  # as Pandoc tells formulas from prices
 
 
 def final_part(text: str) -> str:
@@ -40,11 +41,17 @@ def boxed(text: str) -> str | None:
 def math_answer(text: str) -> str | None:
     r"""The answer of a solution as MATH's are read: in a box, else after "the final answer is", else in the last $...$.
 
-    The first of these that there is counts, and not the others too: who may answer twice is right more often.
+    Two things are stricter than in Tulu 3. The first of these that there is counts, and not the others too: who may
+    answer twice is right more often. And the formula has to stand in the last line: elsewhere, dollars are money.
     """
     if (answer := boxed(text)) is not None:
         return answer
     if found := FINAL_ANSWER.findall(text):
         return found[-1].strip().strip("$").strip()
-    formulas = re.findall(r"\$([^$]+)\$", text.replace("$$", "$"))
-    return formulas[-1].strip() if formulas else None
+    formulas = FORMULA.findall(last_line(text).replace("$$", "$"))
+    return formulas[-1] if formulas else None
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
+    return text.strip().rpartition("\n")[2]

@@ -1,8 +1,9 @@
-"""Rewards made of rewards: a weighted sum of named ones, and the one that a record asks for."""
+"""Rewards made of rewards: a weighted sum of named ones, the one that a record asks for, another scale."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
@@ -62,7 +63,7 @@ class ByDataset:
     rewards: Mapping[str, RewardFunction]
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
-        members: dict[str, list[int]] = {}
+        members: dict[Any, list[int]] = {}
         for i, completion in enumerate(completions):
             name = completion.record.get("dataset")
             if name not in self.rewards:
@@ -74,6 +75,26 @@ class ByDataset:
             rewards = self.rewards[name]([completions[i] for i in indices])
             scored.update(zip(indices, rewards, strict=True))
         return [scored[i] for i in range(len(completions))]
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """(score - shift) / scale, between `low` and `high`; the score as it was is in `parts`."""
+
+    reward: RewardFunction
+    shift: float
+    scale: float
+    low: float
+    high: float
+
+    def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
+        return [self._rescaled(reward) for reward in self.reward(completions)]
+
+    def _rescaled(self, reward: Reward) -> Reward:
+        if reward.score is None:
+            return reward
+        score = min(max((reward.score - self.shift) / self.scale, self.low), self.high)
+        return Reward(score, f"{reward.reason} (from {reward.score:g})", parts={"unscaled": reward})
 
 
 def _number(score: float | None) -> str:

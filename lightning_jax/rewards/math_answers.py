@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from lightning_jax.errors import UserError
-from lightning_jax.rewards.answers import final_part, last_number, math_answer
-from lightning_jax.rewards.process_pool import ProcessPool, TooMuchWork
+from lightning_jax.rewards.answers import final_part, last_line, last_number, math_answer
+from lightning_jax.rewards.process_pool import ProcessPool, RequestFault
 from lightning_jax.rewards.reward import Completion, Reward, required
 
 PROCESS = Path(__file__).with_name("math_process.py")
@@ -73,25 +73,24 @@ class MathReward:
             answer = math_answer(text)
             if answer is not None and _plain(answer) == _plain(gold):
                 rewards.append(Reward(1.0, f"{answer} = {gold}"))
-            elif len(text if answer is None else answer) > LONGEST_ANSWER:
-                # Only a text without any mark of its answer can be this long, or one that is made to be.
+                continue
+            line = last_line(text)
+            if len(line if answer is None else answer) > LONGEST_ANSWER:
                 rewards.append(Reward(0.0, f"no answer of at most {LONGEST_ANSWER:,} characters"))
             else:
                 rewards.append(None)
-                requests.append({"gold": gold, "answer": answer, "text": text})
+                requests.append({"gold": gold, "answer": answer, "line": line})
         compared = iter(zip(requests, self._pool.map(requests), strict=True))
         return [reward or _reward(*next(compared)) for reward in rewards]
 
 
 def _reward(request: dict, outcome: dict | Exception) -> Reward:
-    if isinstance(outcome, TooMuchWork):
+    if isinstance(outcome, RequestFault):
         return Reward(0.0, str(outcome))
     if isinstance(outcome, Exception):
         return Reward.infra(f"math-verify: {outcome or type(outcome).__name__}")
-    if outcome["problem"]:
-        return Reward(0.0, outcome["problem"])
-    if not outcome["read"]:
-        return Reward(0.0, "no answer that can be read")
+    if outcome["problem"] or not outcome["read"]:
+        return Reward(0.0, outcome["problem"] or "no answer that can be read")
     given = request["answer"] or outcome["read"]
     return Reward(float(outcome["equal"]), f"{given} {'=' if outcome['equal'] else '≠'} {request['gold']}")
 

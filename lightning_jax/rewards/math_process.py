@@ -1,7 +1,7 @@
 """The process in which math-verify compares two answers.
 
-A request is {"gold": ..., "answer": ..., "text": ...}, of which one of the last two is null; the answer is
-{"equal": ..., "read": what was understood, "problem": null or why nothing could be compared}.
+A request is {"gold": ..., "answer": ..., "line": ...}, where an answer of null is looked for in the line. What comes
+back is {"equal": ..., "read": what was understood, "problem": null or why nothing could be compared}.
 """
 
 import json
@@ -24,7 +24,7 @@ def read(text: str) -> list[Any]:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         gold = read(f"${request['gold']}$")
-        given = read(request["text"] if request["answer"] is None else f"${request['answer']}$")
+        given = read(request["line"] if request["answer"] is None else f"${request['answer']}$")
         equal = verify(gold, given, timeout_seconds=None)
     except Exception as error:  # whatever a parser may raise at texts from a model
         return {"equal": False, "read": "", "problem": f"{type(error).__name__}: {error}"[:200]}

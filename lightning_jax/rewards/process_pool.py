@@ -17,8 +17,11 @@ PATIENCE = 10.0  # wall-clock time for each second of CPU time, on a machine tha
 START = 60.0  # seconds for imports
 
 
-class TooMuchWork(Exception):
-    """The request took more CPU time than it may."""
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+
+
+class RequestFault(Exception):
+    """The request took more CPU time than it may, or crashed what worked on it."""
 
 
 class ProcessPool:
@@ -39,7 +42,7 @@ class ProcessPool:
         self._processes = processes
 
     def map(self, requests: Sequence[Any]) -> list[Any]:
-        """The answer to each request, or the exception: TooMuchWork, or what went wrong without its fault
+        """The answer to each request, or the exception: RequestFault, or what went wrong without its fault
         (ProcessTimeout, ProcessEnded)."""
         return list(self._threads.map(self._ask, requests))
 
@@ -59,8 +62,10 @@ class ProcessPool:
             if process:
                 process.close()
                 process = None
-            if isinstance(error, ProcessEnded) and error.exit_code == -signal.SIGXCPU:
-                return TooMuchWork(f"more than {self._cpu_seconds} s of computing")
-            return error
+            ended_by = -error.exit_code if isinstance(error, ProcessEnded) else None
+            if ended_by == signal.SIGXCPU:
+                return RequestFault(f"more than {self._cpu_seconds} s of computing")
+            # The kernel kills (SIGKILL) whom it likes when memory is short; a crash is the request's own doing.
+            return RequestFault(signal.Signals(ended_by).name) if ended_by in CRASHES else error
         finally:
             self._idle.put(process)

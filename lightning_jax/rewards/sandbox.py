@@ -25,6 +25,7 @@ from lightning_jax.rewards.system_calls import refusing_filter
 
 INSIDE = Path(__file__).with_name("sandbox_process.py").read_text(encoding="utf-8")
 FIRST_UID = 50_000  # two for each worker; no user of a usual machine has one of them
+Status = Literal["ended", "time", "infra_error"]
 START = 60.0  # seconds until a process is ready, on a machine that does other work too
 
 
@@ -62,7 +63,7 @@ class Execution:
         stdout, stderr: what it printed; of an infra_error, `stderr` is the reason.
     """
 
-    status: Literal["ended", "time", "infra_error"]
+    status: Status
     exit_code: int
     stdout: str
     stderr: str
@@ -190,7 +191,8 @@ class _Process:
             "RLIMIT_CORE": (0, 0),
         }
         fds = [ready, job_file.fileno(), *(each.fileno() for each in more)]
-        command, options, python = [], {}, interpreter() or Path(sys.executable)
+        python, command = interpreter() or Path(sys.executable), list[str]()
+        options: dict[str, Any] = {}
         if self._isolated:
             # Of the processes one is bubblewrap's. Outside a namespace all of the user's would count.
             resources["RLIMIT_NPROC"] = (limits.processes + 1,) * 2
@@ -248,7 +250,7 @@ class _Process:
 def _execution(process: _Process, seconds: float, stdout: IO[bytes], stderr: IO[bytes]) -> Execution:
     ready = process.wait_until_ready()
     process.wait(seconds if ready else 0)
-    status = "infra_error" if not ready else "time" if process.out_of_time else "ended"
+    status: Status = "infra_error" if not ready else "time" if process.out_of_time else "ended"
     return Execution(status, process.exit_code or 0, _text(stdout), _text(stderr))
 
 

@@ -1,13 +1,10 @@
 """Weighted sums of rewards and rewards by data set."""
 
 import pytest
+from audit import completion
 
 from lightning_jax.errors import UserError
-from lightning_jax.rewards import ByDataset, Completion, Reward, WeightedSum
-
-
-def completion(text: str, **record) -> Completion:
-    return Completion([{"role": "user", "content": "?"}], text, len(text), True, record)
+from lightning_jax.rewards import ByDataset, Reward, WeightedSum
 
 
 def length(completions):
