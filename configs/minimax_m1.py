@@ -49,7 +49,7 @@ corpora, "text" and "code" at 7:3, come with every Python installation.
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
 from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import adamw, batch_size, blend, constant, corpus, cosine, stage, steps, wsd
 from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
@@ -65,7 +65,7 @@ LONG = ("long_32k_128k", "long_over_128k")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, ("paper",), _config)
+    return selection.select(arg, SIZES, ("paper",), _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:

@@ -40,7 +40,7 @@ every Python installation.
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
 from lightning_jax.recipes import Dimensions, adamw, batch_size, blend, corpus, cosine, stage, steps, wsd
 
 SIZES = ("laptop", "135m", "360m", "1.7b")  # from the smallest up
@@ -77,7 +77,7 @@ SMALL = {"dclm": 0.74, "stack_edu": 0.12, "infimm_webmath": 0.06, "finemath": 0.
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, RECIPES, _config)
+    return selection.select(arg, SIZES, RECIPES, _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:

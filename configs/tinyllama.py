@@ -31,7 +31,7 @@ corpora, "text" and "code" at 7:3, come with every Python installation.
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
 from lightning_jax.recipes import Dimensions, adamw, batch_size, cosine, stage, steps
 
 SIZES = ("laptop", "1.1b")  # from the smallest up
@@ -48,7 +48,7 @@ MIXTURES = {  # v1.0's; for v1.1 that of its last two stages
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, RECIPES, _config)
+    return selection.select(arg, SIZES, RECIPES, _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:

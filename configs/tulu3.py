@@ -6,9 +6,11 @@
         --init_from=runs/tulu3_8b_sft --workdir=runs/tulu3_8b_dpo
     python -m lightning_jax.train --config=configs/tulu3.py:8b --config.run_stages=reward_model \
         --init_from=runs/tulu3_8b_sft --workdir=runs/tulu3_8b_rm
+    python -m lightning_jax.train --config=configs/tulu3.py:8b,lora --init_from=runs/llama_3.1_8b
 
-What follows the colon is a size. runs/llama_3.1_8b is Llama 3.1's safetensors through lightning_jax.convert. Each stage
-is a run of its own with fresh moments, as published; laptop begins with fresh weights and goes through sft and dpo.
+What follows the colon is a size, a recipe (paper, lora), or both with a comma between. runs/llama_3.1_8b is Llama 3.1's
+safetensors through lightning_jax.convert. Each stage is a run of its own with fresh moments, as published; laptop
+begins with fresh weights and goes through sft and dpo.
 
 | size | parameters | cost | result to expect |
 |---|---|---|---|
@@ -23,30 +25,37 @@ tokens, averaged over the batch's chats, which is the published sum loss where a
 5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to 2,048 tokens, 5e-7 (8b)
 or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs, epsilon 1e-5; the paper
 trains it for 8b and takes that one for all sizes. rlvr_grpo (8b): what Tulu 3.1 was released with in place of the
-paper's PPO, on the mathematics of its prompts: GRPO with k3 of 0.01, 48 prompts of 16 completions for two updates, 10
-for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here: learning rate and batch of 405b's
+paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO with k3 of 0.01, 48 prompts of 16 completions for two updates,
+10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here: learning rate and batch of 405b's
 sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping of rlvr_grpo.
 
+lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
+weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman and others, 2025) finds best. The laptop's
+goes through dpo alone, from a run of sft: --init_from=runs/tulu3_laptop.
+
 Data of 8b, 70b and 405b, as released, in Parquet: data/tulu3/sft_mixture with "messages", data/tulu3/preferences (of
-the size) with "chosen" and "rejected", data/tulu3/rlvr with "messages" and "ground_truth"; and tokenizer.json, Llama
-3.1's. laptop needs none: its word problems are generated.
+the size) with "chosen" and "rejected", data/tulu3/rlvr with "messages", "ground_truth" and "dataset"; and
+tokenizer.json, Llama 3.1's. laptop needs none: its word problems are generated.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import recipes, selection
+from lightning_jax.models.config import FEED_FORWARD_WEIGHTS, MIXER_WEIGHTS
 from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import Dimensions, adamw, batch_size, constant, corpus, stage, wsd
 from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
 
 SIZES = ("laptop", "8b", "70b", "405b")  # from the smallest up
+RECIPES = ("paper", "lora")
 LLAMA_3_1 = {  # arXiv 2407.21783, table 3
     "8b": Dimensions(4096, 32, 32, 8, 128, 14_336, 128_256),
     "70b": Dimensions(8192, 80, 64, 8, 128, 28_672, 128_256),
     "405b": Dimensions(16_384, 126, 128, 8, 128, 53_248, 128_256),
 }
+LORA = {"rank": 64, "alpha": 32.0, "targets": (*MIXER_WEIGHTS["softmax"], *FEED_FORWARD_WEIGHTS)}
 ADAMW = adamw(beta2=0.999, weight_decay=0.0, clip_norm=0.0)
 REWARD_ADAMW = adamw(beta2=0.999, weight_decay=0.0, epsilon=1e-5, clip_norm=0.0)
 SFT = {"8b": (5e-6, 128), "70b": (2e-6, 128), "405b": (2e-6, 128)}  # learning rate, chats; 405b undisclosed: 70b's
@@ -54,7 +63,7 @@ DPO = {"8b": (5e-7, 128), "70b": (2e-7, 128), "405b": (2e-7, 256)}  # learning r
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipes.select(arg, SIZES, ("paper",), _config)
+    return selection.select(arg, SIZES, RECIPES, _config)
 
 
 def _config(size: str, recipe: str) -> ConfigDict:
@@ -72,16 +81,20 @@ def _config(size: str, recipe: str) -> ConfigDict:
             "high_frequency_factor": 4.0,
             "original_context_length": 8192,
         }
+    lora = recipe == "lora"
+    rate = 10 if lora else 1
     config = recipes.run(
-        f"tulu3_{size}",
+        f"tulu3_{size}" + ("_lora" if lora else ""),
         model=model,
         data=recipes.embedded() if laptop else _data(),
-        stages=_laptop_stages() if laptop else _published_stages(size),
-        run_stages=("sft", "dpo") if laptop else ("sft",),
+        stages=_laptop_stages(rate) if laptop else _published_stages(size, rate),
+        run_stages=(("dpo",) if lora else ("sft", "dpo")) if laptop else ("sft",),
         laptop=laptop,
         replicate=laptop,
         tensor_parallel={"70b": 2, "405b": 8}.get(size, 1),
     )
+    if lora:
+        config.lora = LORA
     config.metrics.sample_prompts = ("", "", "")  # as many held-out questions are answered
     return config
 
@@ -97,7 +110,7 @@ def _data() -> ConfigDict:
     return data
 
 
-def _published_stages(size: str) -> dict[str, ConfigDict]:
+def _published_stages(size: str, rate: int) -> dict[str, ConfigDict]:
     common = {"rope_theta": 5e5, "packing": "one_per_row"}
     pair = 2 * 2048
     (sft_rate, chats), (dpo_rate, pairs) = SFT[size], DPO[size]
@@ -109,7 +122,7 @@ def _published_stages(size: str) -> dict[str, ConfigDict]:
             mixture={"sft_mixture": 1.0},
             batch_size=batch_size(chats * 4096, micro_batch_tokens=4096),
             optimizer=ADAMW,
-            schedule=wsd(sft_rate, 0.0),
+            schedule=wsd(rate * sft_rate, 0.0),
             reduction="conversation_sum",
             **common,
         ),
@@ -120,7 +133,7 @@ def _published_stages(size: str) -> dict[str, ConfigDict]:
             mixture={"preferences": 1.0},
             batch_size=batch_size(pairs * pair, micro_batch_tokens=pair),
             optimizer=ADAMW,
-            schedule=wsd(dpo_rate, 0.0),
+            schedule=wsd(rate * dpo_rate, 0.0),
             preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),
@@ -130,14 +143,14 @@ def _published_stages(size: str) -> dict[str, ConfigDict]:
             mixture={"preferences": 1.0},
             batch_size=batch_size(256 * pair, micro_batch_tokens=pair),
             optimizer=REWARD_ADAMW,
-            schedule=wsd(3e-6, 0.0),
+            schedule=wsd(rate * 3e-6, 0.0),
             reward_model={"use_margin": False, "centring": 0.0},
             **common,
         ),
-    } | ({"rlvr_grpo": _rlvr()} if size == "8b" else {})
+    } | ({"rlvr_grpo": _rlvr(rate)} if size == "8b" else {})
 
 
-def _rlvr() -> ConfigDict:
+def _rlvr(rate: int) -> ConfigDict:
     """Tulu 3.1's: GRPO instead of PPO, 48 prompts of 16 completions, two updates on them, 2,000,000 completions."""
     length, rows, updates = 4096, 384, 2
     return stage(
@@ -148,17 +161,17 @@ def _rlvr() -> ConfigDict:
         packing="one_per_row",
         batch_size=batch_size(rows * length, micro_batch_tokens=length),
         optimizer=adamw(beta2=0.999, weight_decay=0.0),
-        schedule=constant(5e-7),
+        schedule=constant(rate * 5e-7),
         reinforcement=reinforcement(
             dataclasses.replace(algorithms.ppo(0.2), kl_coefficient=0.01),
             advantages=group_relative(std_ddof=0, std_epsilon=1e-8),
             rollouts=rollouts(samples=16, updates=updates, max_new_tokens=2048, slots=512, dynamic_sampling=False),
-            rewards=rewards(math=10.0, unfinished="replace"),
+            rewards=rewards(tulu3=10.0, unfinished="replace"),
         ),
     )
 
 
-def _laptop_stages() -> dict[str, ConfigDict]:
+def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
     """The recipe in small on generated problems; the learning rates, for fresh weights, are ours."""
     common = {"rope_theta": 1e4, "packing": "best_fit", "context_length": 256, "batch_size": batch_size(8 * 256)}
     return {
@@ -176,7 +189,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
-            schedule=wsd(1e-4, 0.0),
+            schedule=wsd(rate * 1e-4, 0.0),
             preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),
@@ -184,7 +197,7 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             passes=0.5,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=REWARD_ADAMW,
-            schedule=wsd(3e-4, 0.0),
+            schedule=wsd(rate * 3e-4, 0.0),
             reward_model={"use_margin": False, "centring": 0.0},
             **common,
         ),

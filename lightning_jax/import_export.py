@@ -28,6 +28,7 @@ from lightning_jax.checkpoints.restoring import ARRAYS
 from lightning_jax.checkpoints.run_lock import LOCK
 from lightning_jax.checkpoints.sliced_arrays import SlicedArrays
 from lightning_jax.model_folders import (
+    BASE,
     CHECKPOINTS,
     CONFIG,
     ORIGINAL,
@@ -42,6 +43,7 @@ from lightning_jax.model_folders import (
 from lightning_jax.models import hugging_face
 from lightning_jax.models.hugging_face import Piece
 from lightning_jax.models.hugging_face_config import architecture, caveats, write_config
+from lightning_jax.weights import HostAdapters, adapters_of
 
 BLOCK_ELEMENTS = 2 << 20
 SYNC_ELEMENTS = 1 << 30  # so much is synced to disk and put on record at once
@@ -109,7 +111,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     say: Say,
 ) -> None:
-    """Makes of our newest checkpoint a Hugging Face folder that transformers and vLLM load.
+    """Makes of our newest checkpoint a Hugging Face folder that transformers and vLLM load; adapters are merged.
 
     Args:
         names: of a MiniMax model's config.json: the released one, or transformers' port of it; None for those that it
@@ -129,12 +131,17 @@ def export_model(
     for caveat in caveats(config, architecture(fields)):
         say(caveat)
     pieces = hugging_face.pieces(config, hugging_face.feed_forward_names(config))
+    adapters = adapters_of(manifest)
+    held = RunFolder.open(source.path / BASE) if adapters else source
+    changes = HostAdapters.read(source.path, config, adapters, say=say) if adapters else HostAdapters(0.0, {})
     router_dtype = manifest.metadata.get("router_dtype", "float32")
     dtypes = {piece.tensor: jnp.dtype(router_dtype if piece.is_router else dtype) for piece in pieces}
     shapes = {name: (shape, dtypes[name]) for name, shape in hugging_face.tensor_shapes(pieces).items()}
     identity = {
         "export": str(source.path.absolute()),
-        "leaves": {path: str(leaf) + leaf.fingerprint for path, leaf in manifest.leaves.items()},
+        "leaves": {
+            path: str(leaf) + leaf.fingerprint for path, leaf in (held.manifest.leaves | manifest.leaves).items()
+        },
         "config": fields,
         "router_dtype": router_dtype,
         "shard_bytes": shard_bytes,
@@ -142,7 +149,7 @@ def export_model(
     with _working_folder(target, identity, say) as (folder, journal):
         tensors = safetensors_folder.plan(folder, shapes, shard_bytes=shard_bytes)
         safetensors_folder.create(tensors)
-        arrays = SlicedArrays(source.path / CHECKPOINTS / str(manifest.step) / ARRAYS)
+        arrays = SlicedArrays(held.path / CHECKPOINTS / str(held.manifest.step) / ARRAYS)
 
         def convert(piece: Piece) -> Iterator[np.ndarray]:
             path = _leaf_path(piece.path)
@@ -155,14 +162,16 @@ def export_model(
                     theirs = block.theirs(arrays.read(path, block.start, block.our_shape))
                 else:
                     theirs = matrix[block.first_row - piece.first_row :][: block.shape[0]]
-                tensors[piece.tensor].write(block.first_row, theirs)
-                yield block_sums(block.ours(theirs), block.start)
+                ours = block.ours(theirs)
+                merged = changes.merge(piece.path, block.start, ours)
+                tensors[piece.tensor].write(block.first_row, block.theirs(merged))
+                yield block_sums(ours, block.start)
 
         sums = _convert(pieces, journal, convert, lambda: None, say)
-        damaged = [path for path, found in sums.items() if written(found) != manifest.leaves[path].fingerprint]
+        damaged = [path for path, found in sums.items() if written(found) != held.manifest.leaves[path].fingerprint]
         if damaged:
             shutil.rmtree(folder)
-            where = f"{source.path}: checkpoint {manifest.step}"
+            where = f"{held.path}: checkpoint {held.manifest.step}"
             why = "has another fingerprint than when it was saved; delete that step to export the one before"
             raise ModelFolderError("\n".join(f"{where}: {path} {why}" for path in damaged))
         _write_texts(texts, folder, fields)

@@ -1,6 +1,7 @@
 """What a run opens and says before its first step: the data, the header, the record of what ran where."""
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -52,12 +53,15 @@ class Data:
         return ids if ids and self.tokenizer.bos_id is None else [first, *ids]
 
     def chat_prompts(self, corpus: str, count: int) -> list[list[int]]:
-        """The beginnings of the first held-out chats, up to what the assistant says; at most `count`."""
+        """The different beginnings of the first held-out chats, up to what the assistant says; at most `count`."""
         store = self.corpora[corpus].validation
-        prompts = []
-        for document in range(min(count, len(store))):
-            begin, end = store.offsets[document : document + 2]
-            prompts.append(store.tokens[begin : begin + int(np.argmax(store.trained[begin:end]))].tolist())
+        prompts: list[list[int]] = []
+        for begin, end in itertools.pairwise(store.offsets):
+            if len(prompts) == count:
+                break
+            prompt = store.tokens[begin : begin + int(np.argmax(store.trained[begin:end]))].tolist()
+            if prompt not in prompts:  # both chats of a pair begin with it
+                prompts.append(prompt)
         return prompts
 
 

@@ -6,10 +6,12 @@ in its checkpoints the adapters alone. So its folder is complete, and its checkp
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -21,6 +23,7 @@ from lightning_jax.models import HybridLM, ModelConfig, lora
 from lightning_jax.models.config import LoraConfig
 
 Kind = type[HybridLM] | type[Any]
+MATRICES = ("down", "up")
 
 
 def abstract_model(
@@ -89,3 +92,37 @@ def save_params(run: Path, params: nnx.State, metadata: dict[str, Any]) -> None:
     once = CheckpointConfig(every_steps=0, every_minutes=0.0, keep_newest=1, keep_every_steps=0, max_failures=1)
     with Checkpoints(run / CHECKPOINTS, once) as checkpoints:
         checkpoints.save(0, {"params": params}, metadata, wait=True)
+
+
+@dataclass(frozen=True)
+class HostAdapters:
+    """Adapters in the host's memory, for weights that never are in it whole.
+
+    Attributes:
+        matrices: (down, up) of each weight by its path in the model.
+    """
+
+    scale: float
+    matrices: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def read(cls, run: Path, config: ModelConfig, adapters: LoraConfig, *, say: Callable[[str], None]) -> Self:
+        """Those of a run's newest checkpoint that verifies. Raises UserError as `restore_weights` does."""
+        mesh = parallel.make_mesh(parallel.MeshConfig.of(), jax.local_devices()[:1])
+        trained, _ = lora.split(abstract_model(config, mesh, adapters=adapters)[1])
+        arrays = dict(nnx.to_flat_state(restore_params(run, trained, say=say)[0]))
+        return cls(
+            adapters.scale,
+            {
+                "/".join(map(str, path[:-1])): tuple(np.asarray(arrays[(*path[:-1], name)][...]) for name in MATRICES)
+                for path in arrays
+            },
+        )
+
+    def merge(self, path: str, start: tuple[int, ...], block: np.ndarray) -> np.ndarray:
+        """A block of a weight, with all axes of it and beginning at index `start`, with what adapters add to it."""
+        if path not in self.matrices:
+            return block
+        down, up = (matrix[start[:-2]] for matrix in self.matrices[path])
+        change = down[start[-2] :][: block.shape[-2]] @ up[:, start[-1] :][:, : block.shape[-1]]
+        return (block + self.scale * change).astype(block.dtype)

@@ -9,8 +9,10 @@ import pytest
 import tiny_run
 
 from lightning_jax import train
+from lightning_jax.checkpoints.state_tree import named_leaves
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import word_problems
+from lightning_jax.trained_model import load_model
 from lightning_jax.trained_reward_model import load_reward_model
 
 pytestmark = pytest.mark.slow
@@ -99,10 +101,10 @@ def test_both_stages_learn_what_is_held_out(folder):
     assert "<|assistant|>" in samples[0]["prompt"]
 
 
-def cut_back(folder, name):
+def cut_back(folder, name, whole="whole"):
     """A copy of the run as it was in the middle of its preference tuning; the last step of the whole run."""
     run = folder / name
-    shutil.copytree(folder / "whole", run)
+    shutil.copytree(folder / whole, run)
     steps = [row["step"] for row in records(run) if row["stage"] == "dpo"]
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     kept = [step for step in saved if min(steps) < step < max(steps)]
@@ -113,13 +115,17 @@ def cut_back(folder, name):
     return max(steps)
 
 
+def assert_equal_runs(run, whole, last):
+    assert fingerprints(run, last) == fingerprints(whole, last)
+    without = [{k: v for k, v in row.items() if k != "timing"} for row in records(run)]
+    assert without == [{k: v for k, v in row.items() if k != "timing"} for row in records(whole)]
+
+
 def test_going_on_in_the_middle_of_a_pass_gives_the_same_bits(folder, capsys):
     last = cut_back(folder, "resumed")
     assert train.main(arguments(folder, "resumed")) == 0
     assert "resumed from the checkpoint" in capsys.readouterr().out
-    assert fingerprints(folder / "resumed", last) == fingerprints(folder / "whole", last)
-    without = [{k: v for k, v in row.items() if k != "timing"} for row in records(folder / "resumed")]
-    assert without == [{k: v for k, v in row.items() if k != "timing"} for row in records(folder / "whole")]
+    assert_equal_runs(folder / "resumed", folder / "whole", last)
 
 
 @pytest.mark.parametrize("harm", ["missing", "of other weights"])
@@ -158,3 +164,87 @@ def test_a_reward_model_begins_as_the_fine_tuned_model_learns_and_loads(folder, 
 def test_a_reward_model_is_a_run_of_its_own(folder, capsys):
     assert train.main(arguments(folder, "mixed", run_stages="sft,reward_model")) == 2
     assert "a reward model has parameters of its own; run its stage alone" in capsys.readouterr().err
+
+
+ADAPTERS = {
+    "lora.rank": 2,
+    "lora.alpha": 4,
+    "lora.targets": "mixer.query_key_value,mixer.output,mixer.query,feed_forward.down",
+}
+LIVE = {"run_stages": "dpo", "stages.dpo.preference.reference": "live", "stages.dpo.schedule.peak": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def adapted(folder) -> pathlib.Path:
+    """A run that trains adapters of the whole run's weights, preferring against a live reference."""
+    command = arguments(folder, "adapted", **ADAPTERS, **LIVE)
+    assert train.main([*command, f"--init_from={folder / 'whole'}"]) == 0
+    return folder / "adapted"
+
+
+def parameters(fingerprints):
+    return {name: each for name, each in fingerprints.items() if name.startswith("params/")}
+
+
+def test_a_live_reference_trains_as_the_cached_one_does(folder, adapted):
+    cached = LIVE | {"stages.dpo.preference.reference": "cached"}
+    command = arguments(folder, "adapted_cached", **ADAPTERS, **cached)
+    assert train.main([*command, f"--init_from={folder / 'whole'}"]) == 0
+    live, cached = records(adapted), records(folder / "adapted_cached")
+    assert live[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert [row["loss"] for row in live if "loss" in row] == pytest.approx(
+        [row["loss"] for row in cached if "loss" in row], rel=1e-3
+    )
+    assert live[-1]["validation_accuracy"] == cached[-1]["validation_accuracy"]
+
+
+def test_adapters_learn_and_what_they_belong_to_keeps_its_bits(folder, adapted):
+    rows = [row for row in records(adapted) if "margin" in row]
+    assert rows[-1]["margin"] > rows[0]["margin"] + 0.1
+    newest = {
+        run: max(int(path.name) for path in (run / "checkpoints").iterdir()) for run in (adapted, folder / "whole")
+    }
+    base, whole = fingerprints(adapted / "base", 0), fingerprints(folder / "whole", newest[folder / "whole"])
+    assert base == parameters(whole)
+    assert all(
+        name.endswith(("/down/value", "/up/value")) for name in parameters(fingerprints(adapted, newest[adapted]))
+    )
+
+
+def test_a_run_of_adapters_goes_on_to_the_same_bits_and_refuses_another_reference(folder, adapted, capsys):
+    last = cut_back(folder, "adapted_resumed", "adapted")
+    assert train.main(arguments(folder, "adapted_resumed", **ADAPTERS, **LIVE)) == 0
+    assert_equal_runs(folder / "adapted_resumed", adapted, last)
+    cut_back(folder, "adapted_without", "adapted")
+    shutil.rmtree(folder / "adapted_without" / "reference")
+    capsys.readouterr()
+    assert train.main(arguments(folder, "adapted_without", **ADAPTERS, **LIVE)) == 2
+    assert "reference/dpo: is missing" in capsys.readouterr().err
+
+
+def test_merged_adapters_load_and_are_begun_with(folder, adapted):
+    merged = load_model(adapted, say=print)
+    before = load_model(folder / "whole", say=print)
+    name = "stacks/0/runs/1/mixer/query/value"
+    assert np.abs(named_leaves(merged.params)[name] - named_leaves(before.params)[name]).max() > 1e-4
+    command = arguments(folder, "on", run_stages="sft", checkpoints__every_steps=1000)
+    assert train.main([*command, f"--init_from={adapted}"]) == 0
+    rows = records(folder / "on")
+    assert rows[0]["loss"] < records(folder / "whole")[0]["loss"] - 0.5
+
+
+def test_adapters_of_a_reward_model(folder):
+    alone = {"run_stages": "reward_model", "stages.reward_model.schedule.peak": 1e-2}
+    command = arguments(folder, "adapted_rm", **ADAPTERS, **alone)
+    assert train.main([*command, f"--init_from={folder / 'whole'}"]) == 0
+    rows = [row for row in records(folder / "adapted_rm") if "validation_accuracy" in row]
+    assert rows[-1]["validation_accuracy"]["arithmetic_pairs"] > 0.8
+    model = load_reward_model(folder / "adapted_rm", say=print)
+    pairs = list(preferences(20))
+    chosen, rejected = (model.scores([pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    assert np.mean(chosen > rejected) > 0.8
+
+
+def test_adapters_without_a_model_are_refused(folder, capsys):
+    assert train.main(arguments(folder, "nothing", **ADAPTERS, **LIVE)) == 2
+    assert "adapters belong to a model; name the folder of its run by --init_from" in capsys.readouterr().err

@@ -3,6 +3,8 @@
     conversations   {"messages": [{"role": "user", "content": "..."}, ...]}, and "tools" where the template reads them
     preferences     {"chosen": [...], "rejected": [...]}: two whole chats, or with {"prompt": ...} two answers to it;
                     "margin", a number, where the data say how much better the chosen one is
+    prompts         {"prompt": ..., "ground_truth": "72"}: what to answer, and whatever else its verifier reads; or a
+                    conversation, whose prompt stands before the assistant's first turn
 
 A prompt or an answer may be a text instead of messages. The document is {"chats": [...], "tools": ..., "margin": ...},
 its keys sorted, so that records that say the same are the same document.
@@ -31,7 +33,7 @@ def chat_document(record: Any, content: Content) -> str | Problem:
         return Problem("wrong type", f"the record is a {type(record).__name__}, not an object with fields")
     try:
         if content == "conversations":
-            document = {"chats": [_messages(_field(record, "messages"), "messages")]}
+            document = {"chats": [_answered(_messages(_field(record, "messages"), "messages"), "messages")]}
         else:
             document = {"chats": _pair(record)} | _margin(record)
     except _RecordError as error:
@@ -39,6 +41,24 @@ def chat_document(record: Any, content: Content) -> str | Problem:
     if record.get("tools"):
         document["tools"] = record["tools"]
     return json.dumps(document, sort_keys=True, ensure_ascii=False)
+
+
+def chat_prompt(record: Any) -> tuple[list[Message], dict[str, Any]] | Problem:
+    """What a record asks, and its other fields without those that are null; or what is wrong with it, and where."""
+    if isinstance(record, Problem):
+        return record
+    if not isinstance(record, dict):
+        return Problem("wrong type", f"the record is a {type(record).__name__}, not an object with fields")
+    name = "messages" if record.get("prompt") is None and record.get("messages") is not None else "prompt"
+    try:
+        chat = _as_messages(_field(record, name), "user", name)
+    except _RecordError as error:
+        return error.problem
+    if name == "messages":
+        chat = chat[: next((place for place, message in enumerate(chat) if _is_answer(message)), len(chat))]
+    if not chat or _is_answer(chat[-1]):
+        return Problem("nothing to answer", f"{name!r} does not end with a message to the assistant")
+    return chat, {field: value for field, value in record.items() if field != name and value is not None}
 
 
 def read_document(document: bytes) -> dict[str, Any]:
@@ -67,15 +87,16 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 def _pair(record: Mapping[str, Any]) -> list[list[Message]]:
     chats = []
     for name in ("chosen", "rejected"):
-        answer = _field(record, name)
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        if isinstance(answer, list) and answer and _is_answer(answer[0]):
-            asked = _field(record, "prompt")
-            asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            answer = [*_messages(asked, "prompt", answered=False), *answer]
-        chats.append(_messages(answer, name))
+        answer = _as_messages(_field(record, name), "assistant", name)
+        if answer and _is_answer(answer[0]):
+            answer = [*_as_messages(_field(record, "prompt"), "user", "prompt"), *answer]
+        chats.append(_answered(answer, name))
     return chats
+
+
+def _as_messages(value: Any, role: str, name: str) -> list[Message]:
+    """Checked messages; a text is one of `role`."""
+    return _messages([{"role": role, "content": value}] if isinstance(value, str) else value, name)
 
 
 def _is_answer(message: Any) -> bool:
@@ -91,7 +112,7 @@ def _margin(record: Mapping[str, Any]) -> dict[str, float]:
     return {"margin": float(margin)}
 
 
-def _messages(value: Any, name: str, *, answered: bool = True) -> list[Message]:
+def _messages(value: Any, name: str) -> list[Message]:
     """Checked messages, without what is null in them: columnar files give every message every key."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise _RecordError(Problem("wrong type", f"{name!r} is a {type(value).__name__}, not a list of messages"))
@@ -109,6 +130,10 @@ def _messages(value: Any, name: str, *, answered: bool = True) -> list[Message]:
             kind = type(message["content"]).__name__
             raise _RecordError(Problem("wrong type", f"'{where}.content' is a {kind}, not text"))
         messages.append(message)
-    if answered and not any(map(_is_answer, messages)):
+    return messages
+
+
+def _answered(messages: list[Message], name: str) -> list[Message]:
+    if not any(map(_is_answer, messages)):
         raise _RecordError(Problem("nothing to train on", f"'{name}' has no message of the assistant"))
     return messages

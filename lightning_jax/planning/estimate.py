@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
-from lightning_jax.models import HybridLM, ModelConfig
+from lightning_jax.models import HybridLM, ModelConfig, lora
 from lightning_jax.models.config import BYTES
 from lightning_jax.parallel.config import AXES
 from lightning_jax.planning.hardware import Slice
@@ -101,7 +101,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         weights=held.weights,
         moments=held.moments,
         # Micro-batches add to a sum, and so have two.
-        gradients=held.weights * (1 if parts == 1 else 2),
+        gradients=held.trained * (1 if parts == 1 else 2),
         batch=17 * device_tokens * parts,  # four arrays of int32 and a mask
         activations=_kept_elements(model, sizes["tensor"]) * device_tokens * BYTES[model.compute_dtype],
         temporaries=max(
@@ -112,6 +112,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
     tokens = rows * context
     model_flops = model.flops_per_token(context, "model") * tokens / target.num_chips
     passes = 3 if model.remat == "none" else 4  # forward, twice its work backward, and the forward again
+    frozen_passes = 1 if config.lora else 0  # a backward pass takes no gradient of what is frozen
     return Estimate(
         target=target,
         mesh=sizes,
@@ -119,7 +120,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         micro_batches=parts,
         memory=memory,
         model_flops=model_flops,
-        flops=model_flops * passes / 3,
+        flops=model_flops * (passes - frozen_passes) / 3,
         memory_traffic=_memory_traffic(model, memory, sizes, held, device_tokens, parts, passes),
         sent=_sent(model, sizes, held, device_rows, device_tokens, parts, passes),
     )
@@ -130,27 +131,38 @@ class Held:
     """Bytes of parameters and moments on one device, and elements by how they are split."""
 
     weights: int
+    trained: int  # of these bytes, all or those of adapters
     moments: int
     gathered: int  # elements of what "fsdp" splits, with it whole, other splits as they are
-    experts: int  # of these, experts
+    gathered_trained: int  # of these, what is trained
+    experts: int  # of what is trained of these, experts
 
 
 def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
-    abstract = jax.eval_shape(lambda: nnx.state(HybridLM(config.model, rngs=nnx.Rngs(params=0)), nnx.Param))
+    def parameters() -> nnx.State:
+        language_model = HybridLM(config.model, rngs=nnx.Rngs(params=0))
+        if config.lora:
+            lora.adapt(language_model, config.lora, rngs=nnx.Rngs(params=0))
+        return nnx.state(language_model, nnx.Param)
+
+    abstract = jax.eval_shape(parameters)
     shardings = nnx.to_flat_state(parallel.shardings(abstract, mesh))
-    weights = moments = gathered = experts = 0
+    weights = trained = moments = gathered = gathered_trained = experts = 0
     moment_bytes = BYTES[stage.config.optimizer.moment_dtype]
     for (_, leaf), (_, placed) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         array, sharding = leaf.get_value(), placed.get_value()
         assert isinstance(sharding, NamedSharding)
         share = math.prod(sharding.shard_shape(array.shape))
+        axes, is_trained = leaf.get_metadata("logical_axes"), not config.lora or isinstance(leaf, lora.Adapter)
+        whole = share * mesh.shape["fsdp"] if "embed" in axes else 0
         weights += share * array.dtype.itemsize
-        moments += 2 * share * moment_bytes
-        if "embed" in leaf.get_metadata("logical_axes"):
-            whole = share * mesh.shape["fsdp"]
-            gathered += whole
-            experts += whole if "experts" in leaf.get_metadata("logical_axes") else 0
-    return Held(weights, moments, gathered, experts)
+        gathered += whole
+        if is_trained:
+            trained += share * array.dtype.itemsize
+            moments += 2 * share * moment_bytes
+            gathered_trained += whole
+            experts += whole if "experts" in axes else 0
+    return Held(weights, trained, moments, gathered, gathered_trained, experts)
 
 
 def _kept_elements(model: ModelConfig, tensor: int) -> float:
@@ -208,15 +220,15 @@ def _sent(
     """Bytes that a device sends in a step, by mesh axis."""
     width, D = BYTES[model.compute_dtype], model.hidden_size
     data, fsdp, expert, sequence, tensor = (sizes[axis] for axis in AXES)
-    others = held.gathered - held.experts
+    others = held.gathered_trained - held.experts
     weight_width = BYTES[model.param_dtype]
     sent = dict.fromkeys(AXES, 0.0)
     # Gathered in the forward pass and again in the backward pass; the gradient scattered.
-    sent["fsdp"] = parts * 3 * width * held.gathered * (fsdp - 1) / fsdp
+    sent["fsdp"] = parts * width * (2 * held.gathered + held.gathered_trained) * (fsdp - 1) / fsdp
     # What is left of gradients adds up over replicas: all but experts also over "expert".
-    sent["data"] = _all_reduce(held.gathered / fsdp * weight_width, data)
+    sent["data"] = _all_reduce(held.gathered_trained / fsdp * weight_width, data)
     sent["expert"] = parts * _all_reduce(others / fsdp * weight_width, expert)
-    sent["sequence"] = parts * _all_reduce(held.gathered / fsdp * weight_width, sequence)
+    sent["sequence"] = parts * _all_reduce(held.gathered_trained / fsdp * weight_width, sequence)
     layers = model.num_layers
     if model.num_experts:
         if model.expert_dispatch == "capacity":

@@ -10,8 +10,9 @@ import types
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from lightning_jax import recipes
+from lightning_jax import selection
 from lightning_jax.config import ConfigError
 from lightning_jax.config_reader import load_config
 from lightning_jax.optimizers import learning_rate
@@ -47,7 +48,7 @@ RECIPES = {
     "minimax_text_01": ("paper", "seed"),
     "tinyllama": ("v1.0", "v1.1", "v1.1_math_code", "v1.1_chinese"),
     "smollm2": ("paper", "seed"),
-    "tulu3": ("paper",),
+    "tulu3": ("paper", "lora"),
 }
 NAMES = [f"{size},{recipe}" for size in PARAMETERS for recipe in RECIPES[size.partition(":")[0]]]
 SYSTEMS = list(RECIPES)
@@ -362,5 +363,5 @@ def test_a_machine_without_accelerator_takes_the_laptop_size(system):
 
 def test_training_state_of_456b_is_sixteen_bytes_a_parameter():
     config = load("minimax_m1:456b")
-    raw = recipes.ConfigDict(dataclasses.asdict(config))
-    assert recipes.training_bytes(raw) == 16 * 456_089_655_296
+    raw = ConfigDict(dataclasses.asdict(config))
+    assert selection.training_bytes(raw) == 16 * 456_089_655_296

@@ -11,7 +11,7 @@ from memory_store import MemoryStore
 
 from lightning_jax.input_pipeline import CorpusConfig, DataConfig, TokenizerConfig, prepare, prepare_tokenizer
 from lightning_jax.input_pipeline import word_problems as tasks
-from lightning_jax.input_pipeline.chat_records import chat_document, prompt, read_document
+from lightning_jax.input_pipeline.chat_records import chat_document, chat_prompt, prompt, read_document
 from lightning_jax.input_pipeline.chat_template import ChatTemplateError
 from lightning_jax.input_pipeline.errors import BadRecordError
 from lightning_jax.input_pipeline.examples import pack
@@ -75,6 +75,34 @@ def test_a_bad_record_says_which_field_and_why(record, content, problem):
     found = chat_document(record, content)
     assert isinstance(found, Problem)
     assert problem in str(found)
+
+
+@pytest.mark.parametrize(
+    ("record", "chat", "fields"),
+    [
+        ({"prompt": "why?", "ground_truth": "72"}, [ASK], {"ground_truth": "72"}),
+        ({"prompt": [ASK], "ground_truth": ["a", "b"], "dataset": None}, [ASK], {"ground_truth": ["a", "b"]}),
+        ({"prompt": [ASK, ANSWER, ASK]}, [ASK, ANSWER, ASK], {}),
+        ({"messages": [*CHAT, ASK], "dataset": "gsm8k"}, [ASK], {"dataset": "gsm8k"}),
+    ],
+)
+def test_a_prompt_keeps_the_other_fields_of_its_record(record, chat, fields):
+    assert chat_prompt(record) == (chat, fields)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ("why?", "wrong type: the record is a str, not an object with fields"),
+        ({"promt": "why?"}, "missing field: no field 'prompt'; did you mean 'promt'?"),
+        ({"prompt": 3}, "wrong type: 'prompt' is a int, not a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "missing field: 'prompt[0]' has no content"),
+        ({"prompt": CHAT}, "nothing to answer: 'prompt' does not end with a message to the assistant"),
+        ({"messages": [ANSWER]}, "nothing to answer: 'messages' does not end with a message to the assistant"),
+    ],
+)
+def test_a_bad_prompt_says_which_field_and_why(record, problem):
+    assert str(chat_prompt(record)) == problem
 
 
 def test_all_ways_to_write_a_preference_are_one_document():

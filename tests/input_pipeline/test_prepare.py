@@ -14,11 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_jax.input_pipeline import sources
+from lightning_jax.input_pipeline import sources, store_building, tokenizer_training
+from lightning_jax.input_pipeline.cache import cache_folder
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig, TokenizerConfig
+from lightning_jax.input_pipeline.documents import is_held_out
 from lightning_jax.input_pipeline.errors import BadRecordError, DataError, SourceError, TokenizerError
-from lightning_jax.input_pipeline.prepare import is_held_out, prepare, prepare_tokenizer
+from lightning_jax.input_pipeline.prepare import prepare
 from lightning_jax.input_pipeline.token_store import TokenStoreWriter
+from lightning_jax.input_pipeline.tokenizer_training import prepare_tokenizer
 
 # The package names the function of the same name.
 preparing = importlib.import_module("lightning_jax.input_pipeline.prepare")
@@ -114,15 +117,15 @@ def test_share_held_out_is_the_fraction():
 
 def test_second_preparation_reads_the_cache(config, monkeypatch):
     before = contents(run(config)[1])
-    monkeypatch.setattr(preparing, "train_tokenizer", None)
-    monkeypatch.setattr(preparing, "_build", None)
+    monkeypatch.setattr(tokenizer_training, "train_tokenizer", None)
+    monkeypatch.setattr(preparing, "build_store", None)
     assert contents(run(config)[1]) == before
 
 
 def test_stores_of_parts_that_were_cut_elsewhere_are_not_used(config, monkeypatch):
     tokenizer = prepare_tokenizer(config)
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_put_together", lambda *_: sys.exit())
+        patch.setattr(store_building, "_put_together", lambda *_: sys.exit())
         with pytest.raises(SystemExit):
             prepare(config, tokenizer)
     monkeypatch.setattr(sources, "_PART_BYTES", 10_000)
@@ -144,15 +147,15 @@ def test_change_of_source_or_settings_prepares_again(config, tmp_path, change, m
         }[change]
         config = dataclasses.replace(config, **{change: value})
     built = []
-    build = preparing._build
-    monkeypatch.setattr(preparing, "_build", lambda name, *rest: (built.append(name), build(name, *rest)))
+    build = preparing.build_store
+    monkeypatch.setattr(preparing, "build_store", lambda name, *rest: (built.append(name), build(name, *rest)))
     run(config)
     assert "web" in built
 
 
 def test_batches_and_parts_have_no_influence_on_the_result(config, tmp_path, monkeypatch):
     before = contents(run(config)[1])
-    monkeypatch.setattr(preparing, "_BATCH_BYTES", 100)
+    monkeypatch.setattr(store_building, "_BATCH_BYTES", 100)
     monkeypatch.setattr(sources, "_PART_BYTES", 10_000)
     tokenizer = prepare_tokenizer(config)
     elsewhere = dataclasses.replace(config, cache_dir=str(tmp_path / "elsewhere"))
@@ -179,7 +182,7 @@ def test_progress_counts_up_to_everything(config):
 
 def test_killed_preparation_goes_on_from_its_finished_parts(config, tmp_path, monkeypatch):
     tokenizer = prepare_tokenizer(config)
-    build_part, started = preparing._build_part, []
+    build_part, started = store_building._build_part, []
 
     def killed_at_the_third(name, config, tokenizer, encoder, read, folder, *rest):
         started.append(folder)
@@ -188,7 +191,7 @@ def test_killed_preparation_goes_on_from_its_finished_parts(config, tmp_path, mo
             raise KeyboardInterrupt
         return build_part(name, config, tokenizer, encoder, read, folder, *rest)
 
-    monkeypatch.setattr(preparing, "_build_part", killed_at_the_third)
+    monkeypatch.setattr(store_building, "_build_part", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tokenizer)
     resumed = contents(prepare(config, tokenizer))
@@ -216,7 +219,7 @@ def test_kill_while_parts_are_put_together_leaves_no_trace(config, tmp_path, mon
 
 def test_finished_cache_can_be_read_only(config, tmp_path, monkeypatch):
     before = contents(run(config)[1])
-    monkeypatch.setattr(preparing, "_lock", None)
+    monkeypatch.setattr(preparing, "lock", None)
     assert contents(run(config)[1]) == before
 
 
@@ -268,8 +271,8 @@ def test_two_processes_at_once_make_one_good_store(config, tmp_path):
 
 def test_second_thread_waits_for_the_first_and_builds_nothing(config, monkeypatch):
     tokenizer = prepare_tokenizer(config)
-    build, built = preparing._build, []
-    monkeypatch.setattr(preparing, "_build", lambda name, *rest: (built.append(name), build(name, *rest)))
+    build, built = preparing.build_store, []
+    monkeypatch.setattr(preparing, "build_store", lambda name, *rest: (built.append(name), build(name, *rest)))
     results = []
     threads = [threading.Thread(target=lambda: results.append(contents(prepare(config, tokenizer)))) for _ in range(3)]
     for thread in threads:
@@ -339,8 +342,10 @@ def test_prepared_corpus_can_be_used_as_tokens(config, tmp_path):
 
 def test_tokenizer_never_sees_what_is_held_out(config, monkeypatch):
     seen = []
-    train = preparing.train_tokenizer
-    monkeypatch.setattr(preparing, "train_tokenizer", lambda texts, c: train((seen.append(t) or t for t in texts), c))
+    train = tokenizer_training.train_tokenizer
+    monkeypatch.setattr(
+        tokenizer_training, "train_tokenizer", lambda texts, c: train((seen.append(t) or t for t in texts), c)
+    )
     prepare_tokenizer(config)
     assert seen
     assert not any(is_held_out(text.encode(), 0.2) for text in seen)
@@ -348,9 +353,11 @@ def test_tokenizer_never_sees_what_is_held_out(config, monkeypatch):
 
 def test_sample_for_the_tokenizer_is_capped_and_taken_from_every_corpus(config, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(preparing, "_SAMPLE_BYTES", 4000)
-    train = preparing.train_tokenizer
-    monkeypatch.setattr(preparing, "train_tokenizer", lambda texts, c: train((seen.append(t) or t for t in texts), c))
+    monkeypatch.setattr(tokenizer_training, "_SAMPLE_BYTES", 4000)
+    train = tokenizer_training.train_tokenizer
+    monkeypatch.setattr(
+        tokenizer_training, "train_tokenizer", lambda texts, c: train((seen.append(t) or t for t in texts), c)
+    )
     prepare_tokenizer(config)
     assert 3000 < sum(map(len, seen)) < 6000
     for name in config.corpora:
@@ -369,7 +376,7 @@ def test_tokenizer_file_is_used_and_its_size_checked(config, tmp_path):
 
 def test_cache_is_in_the_users_cache_folder_by_default(config, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert preparing.cache_folder(dataclasses.replace(config, cache_dir="")) == tmp_path / "xdg" / "lightning_jax"
+    assert cache_folder(dataclasses.replace(config, cache_dir="")) == tmp_path / "xdg" / "lightning_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert preparing.cache_folder(dataclasses.replace(config, cache_dir="")) == tmp_path / ".cache" / "lightning_jax"
+    assert cache_folder(dataclasses.replace(config, cache_dir="")) == tmp_path / ".cache" / "lightning_jax"

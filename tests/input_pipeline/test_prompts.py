@@ -57,7 +57,7 @@ def test_long_and_broken_prompts_are_left_out_and_counted(tmp_path):
     )
     prompts = read_prompts("prompts", config, TOKENIZER, most_tokens=100)
     assert len(prompts.train) + len(prompts.validation) == 10
-    assert prompts.report.skipped == {"too long": 1, "missing field": 1, "empty": 1}
+    assert prompts.report.skipped == {"too long": 1, "missing field": 1, "nothing to answer": 1}
 
 
 def test_other_ground_truths_are_other_prompts(tmp_path):

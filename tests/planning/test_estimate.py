@@ -40,6 +40,19 @@ def test_weights_moments_and_gradients_of_456b_on_512_chips_are_its_parameters_b
     assert plan.memory.moments == 2 * plan.memory.weights
 
 
+def test_adapters_have_gradients_and_moments_of_their_own_size():
+    config = load_config("configs/tulu3.py:8b,lora", ["stages.sft.tokens=1000000", "stages.sft.passes=none"])
+    plan = estimate(config, plan_stages(config)[0], parse_slice("v5p:4x4x4"))
+    D, F, A, kv, rank = 4096, 14_336, 4096, 1024, 64
+    adapters = 32 * rank * (2 * (D + A) + 2 * (D + kv) + 3 * (D + F))
+    share = 4 * adapters / 64
+    # What is on the axis of outputs, or of a vector, "fsdp" does not split.
+    assert share < plan.memory.moments / 2 < 64 * share
+    assert plan.memory.gradients in (plan.memory.moments / 2, plan.memory.moments)
+    assert plan.memory.weights > 4 * config.model.num_parameters() / 64
+    assert plan.flops == pytest.approx(plan.model_flops)  # a backward pass less, and the forward pass twice
+
+
 def test_flops_are_the_models_and_a_forward_pass_more_where_it_is_made_again():
     config, stage = planned("dense")
     plan = estimate(config, stage, EIGHT)
