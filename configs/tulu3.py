@@ -25,8 +25,8 @@ tokens, averaged over the batch's chats, which is the published sum loss where a
 5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to 2,048 tokens, 5e-7 (8b)
 or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs, epsilon 1e-5; the paper
 trains it for 8b and takes that one for all sizes. rlvr_grpo (8b): what Tulu 3.1 was released with in place of the
-paper's PPO, on the mathematics of its prompts: GRPO with k3 of 0.01, 48 prompts of 16 completions for two updates, 10
-for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here: learning rate and batch of 405b's
+paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO with k3 of 0.01, 48 prompts of 16 completions for two updates,
+10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here: learning rate and batch of 405b's
 sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping of rlvr_grpo.
 
 lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
@@ -34,8 +34,8 @@ weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman an
 goes through dpo alone, from a run of sft: --init_from=runs/tulu3_laptop.
 
 Data of 8b, 70b and 405b, as released, in Parquet: data/tulu3/sft_mixture with "messages", data/tulu3/preferences (of
-the size) with "chosen" and "rejected", data/tulu3/rlvr with "messages" and "ground_truth"; and tokenizer.json, Llama
-3.1's. laptop needs none: its word problems are generated.
+the size) with "chosen" and "rejected", data/tulu3/rlvr with "messages", "ground_truth" and "dataset"; and
+tokenizer.json, Llama 3.1's. laptop needs none: its word problems are generated.
 """
 
 import dataclasses
@@ -147,10 +147,10 @@ def _published_stages(size: str, rate: int) -> dict[str, ConfigDict]:
             reward_model={"use_margin": False, "centring": 0.0},
             **common,
         ),
-    } | ({"rlvr_grpo": _rlvr()} if size == "8b" else {})
+    } | ({"rlvr_grpo": _rlvr(rate)} if size == "8b" else {})
 
 
-def _rlvr() -> ConfigDict:
+def _rlvr(rate: int) -> ConfigDict:
     """Tulu 3.1's: GRPO instead of PPO, 48 prompts of 16 completions, two updates on them, 2,000,000 completions."""
     length, rows, updates = 4096, 384, 2
     return stage(
@@ -161,12 +161,12 @@ def _rlvr() -> ConfigDict:
         packing="one_per_row",
         batch_size=batch_size(rows * length, micro_batch_tokens=length),
         optimizer=adamw(beta2=0.999, weight_decay=0.0),
-        schedule=constant(5e-7),
+        schedule=constant(rate * 5e-7),
         reinforcement=reinforcement(
             dataclasses.replace(algorithms.ppo(0.2), kl_coefficient=0.01),
             advantages=group_relative(std_ddof=0, std_epsilon=1e-8),
             rollouts=rollouts(samples=16, updates=updates, max_new_tokens=2048, slots=512, dynamic_sampling=False),
-            rewards=rewards(math=10.0, unfinished="replace"),
+            rewards=rewards(tulu3=10.0, unfinished="replace"),
         ),
     )
 

@@ -35,6 +35,7 @@ from lightning_jax.programs import Programs
 from lightning_jax.references import Place, Reference, reference_of
 from lightning_jax.reinforcement.collecting import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
+from lightning_jax.reinforcement.stage_data import check as check_reinforcement
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
 from lightning_jax.stage_data import CorpusData, StageData
@@ -83,6 +84,7 @@ class Trainer:
     ):
         if problems := config.problems_on(jax.device_count()):
             raise ConfigError(problems)
+        check_reinforcement(config)
         self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config
         self.writer: MetricsWriter | None = None

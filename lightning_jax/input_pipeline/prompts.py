@@ -1,7 +1,6 @@
 """Prompts for reinforcement learning: chats up to the assistant's turn, with what a verifier needs to know of each.
 
-A record is that of a conversation, whose assistant's turns are not looked at, and whose other fields (`ground_truth`,
-`dataset`, ...) are kept. Prompts are held in memory: a hundred thousand of them are a small corpus.
+Records are those of `chat_prompt`. Prompts are held in memory: a hundred thousand of them are a small corpus.
 """
 
 import functools
@@ -15,6 +14,7 @@ import numpy as np
 
 from lightning_jax.input_pipeline import word_problems
 from lightning_jax.input_pipeline.chat_masks import ChatEncoder
+from lightning_jax.input_pipeline.chat_records import chat_prompt
 from lightning_jax.input_pipeline.chat_template import Message, encode_chats
 from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig
@@ -24,7 +24,8 @@ from lightning_jax.input_pipeline.readers import Problem, read_json_records, rea
 from lightning_jax.input_pipeline.sources import RecordReport, files_of, fingerprint
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 
-_COLUMNS = ("messages", "ground_truth", "dataset", "constraint", "constraint_type")
+# Of Parquet files, whose other columns may be large: what is asked, and what verifiers read.
+_COLUMNS = ("prompt", "messages", "ground_truth", "dataset", "instruction_id_list", "kwargs", "test", "entry_point")
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_to
     chats: list[list[Message]] = []
     records: list[dict[str, Any]] = []
     for location, record in _records(name, config):
-        chat = _prompt(record)
-        if isinstance(chat, Problem):
-            report.skip(location, chat)
+        asked = chat_prompt(record)
+        if isinstance(asked, Problem):
+            report.skip(location, asked)
         else:
-            chats.append(chat)
-            records.append({field: value for field, value in record.items() if field != "messages"})
+            chats.append(asked[0])
+            records.append(asked[1])
     encoded = encode_chats(
         tokenizer,
         open_template(config) or "",
@@ -131,17 +132,3 @@ def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
             yield from read_json_records(path, config.max_document_bytes)
         else:
             yield from read_parquet_records(path, _COLUMNS)
-
-
-def _prompt(record: Any) -> list[Message] | Problem:
-    """The messages before the assistant's first turn that answers somebody."""
-    if isinstance(record, Problem):
-        return record
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
-    ):
-        return Problem("missing field", "no field 'messages' with roles and contents")
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    prompt = messages[: answers[0]] if answers else messages
-    return prompt or Problem("empty", "nobody asks anything before the assistant speaks")

@@ -19,9 +19,20 @@ from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion as Sampled
 from lightning_jax.input_pipeline.prompts import Prompt
 from lightning_jax.reinforcement.config import RewardConfig
-from lightning_jax.rewards.combining import WeightedSum
-from lightning_jax.rewards.math_answers import MathReward, gsm8k_reward
-from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
+from lightning_jax.rewards import (
+    ByDataset,
+    CodeReward,
+    Completion,
+    IFEvalReward,
+    MathReward,
+    Reward,
+    RewardFunction,
+    Sandbox,
+    Tulu3IFEvalReward,
+    WeightedSum,
+    gsm8k_reward,
+    puzzle_reward,
+)
 
 
 def _gsm8k(stack: contextlib.ExitStack) -> RewardFunction:
@@ -32,7 +43,31 @@ def _math(stack: contextlib.ExitStack) -> RewardFunction:
     return stack.enter_context(MathReward())
 
 
-REWARDS: dict[str, Callable[[contextlib.ExitStack], RewardFunction]] = {"gsm8k": _gsm8k, "math": _math}
+def _ifeval(stack: contextlib.ExitStack) -> RewardFunction:
+    return IFEvalReward()
+
+
+def _code(stack: contextlib.ExitStack) -> RewardFunction:
+    return CodeReward(stack.enter_context(Sandbox()))
+
+
+def _puzzle(stack: contextlib.ExitStack) -> RewardFunction:
+    return puzzle_reward
+
+
+def _tulu3(stack: contextlib.ExitStack) -> RewardFunction:
+    """By the data sets of RLVR-GSM-MATH-IF-Mixed."""
+    return ByDataset({"gsm8k": gsm8k_reward, "MATH": _math(stack), "ifeval": Tulu3IFEvalReward()})
+
+
+REWARDS: dict[str, Callable[[contextlib.ExitStack], RewardFunction]] = {
+    "gsm8k": _gsm8k,
+    "math": _math,
+    "ifeval": _ifeval,
+    "code": _code,
+    "puzzle": _puzzle,
+    "tulu3": _tulu3,
+}
 
 
 def open_rewards(config: RewardConfig, stack: contextlib.ExitStack) -> RewardFunction:

@@ -32,6 +32,26 @@ EXACT_ROUNDING = "--xla_allow_excess_precision=false"
 Position = dict[str, Any]
 
 
+def check(config: RunConfig) -> None:
+    """What would stop a stage of reinforcement learning, said before the stages in front of it are trained.
+
+    Raises:
+        UserError: a reward that there is not or that needs what is not here, or a mode that the environment forbids.
+    """
+    for name in config.run_stages:
+        if (settings := config.stages[name].reinforcement) is None:
+            continue
+        with contextlib.ExitStack() as stack:
+            open_rewards(settings.rewards, stack)
+        field, problems = f"config.stages.{name}.reinforcement.rollouts.mode", []
+        if settings.rollouts.mode == "aligned" and config.model.logits_dtype != "float32":
+            problems.append(f"{field}: 'aligned' needs an fp32 head; model.logits_dtype=float32")
+        if settings.rollouts.mode == "aligned" and EXACT_ROUNDING not in os.environ.get("XLA_FLAGS", ""):
+            problems.append(f"{field}: 'aligned' needs XLA_FLAGS={EXACT_ROUNDING} in the environment of the command")
+        if problems:
+            raise UserError("\n".join(problems))
+
+
 class Record(Protocol):
     """Takes a generation, and the first step of the run that trains on it."""
 
@@ -50,7 +70,7 @@ class RolloutData:
         reference_key: of the model as the stage began, where the objective asks for it.
 
     Raises:
-        UserError: a reward that there is not, an environment in which the mode cannot be, a reference that is gone.
+        UserError: a reference that is gone.
     """
 
     def __init__(
@@ -65,7 +85,6 @@ class RolloutData:
     ):
         self._place, self._stage, self._record = place, place.stage, record
         self._settings = place.stage.config.reinforcement
-        self._check_mode(config)
         self._stack = contextlib.ExitStack()
         reward = open_rewards(self._settings.rewards, self._stack)
         self.collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
@@ -120,14 +139,3 @@ class RolloutData:
         names = [path.name.removesuffix(SAVING) for path in (self._place.run / CHECKPOINTS).glob("*")]
         steps = [int(name) - self._stage.first_step for name in names if name.isdecimal()]
         return {step // self._updates for step in steps if step > 0 and not self.needs_params(step)}
-
-    def _check_mode(self, config: RunConfig) -> None:
-        if self._settings.rollouts.mode != "aligned":
-            return
-        field, problems = f"stages.{self._stage.name}.reinforcement.rollouts.mode", []
-        if config.model.logits_dtype != "float32":
-            problems.append(f"{field}: 'aligned' needs an fp32 head; model.logits_dtype=float32")
-        if EXACT_ROUNDING not in os.environ.get("XLA_FLAGS", ""):
-            problems.append(f"{field}: 'aligned' needs XLA_FLAGS={EXACT_ROUNDING} in the environment of the command")
-        if problems:
-            raise UserError("\n".join(problems))

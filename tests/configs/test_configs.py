@@ -162,6 +162,34 @@ def test_m1_as_published():
     assert [kind for kind, _ in zip(config.model.layer_kinds(), range(8), strict=False)].count("lightning") == 7
 
 
+def test_reinforcement_learning_of_m1_as_published():
+    config = load("minimax_m1:456b")
+    stages = [config.stages[name] for name in config.stages if name.startswith("rl_")]
+    outputs = [stage.reinforcement.rollouts.max_new_tokens // 1024 for stage in stages]
+    assert outputs == [40, 48, 56, 64, 72, 80]
+    for stage in stages:
+        optimizer, learning = stage.optimizer, stage.reinforcement
+        assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-15)
+        assert (learning.rollouts.updates, learning.rollouts.repetition_tokens) == (16, 3000)
+        assert learning.rollouts.repetition_probability == 0.99
+        assert learning.rollouts.dynamic_sampling
+        policy = learning.policy_gradient
+        assert (policy.kl_coefficient, policy.mask_low, policy.mask_high, policy.is_weight_min) == (0, None, None, 0)
+        assert policy.reduction == "token_mean"
+    assert config.model.logits_dtype == "float32"
+    assert load("minimax_m1:laptop").run_stages[-1] == "rl"
+
+
+def test_reinforcement_learning_of_tulu_3_1_as_released():
+    stage = load("tulu3:8b").stages["rlvr_grpo"]
+    rollouts, policy = stage.reinforcement.rollouts, stage.reinforcement.policy_gradient
+    rows = max(stage.batch_size.tokens) // stage.context_length
+    assert (rollouts.samples, rows * rollouts.updates // rollouts.samples) == (16, 48)
+    assert (policy.kl_estimator, policy.kl_coefficient, policy.kl_in) == ("k3", 0.01, "loss")
+    assert (stage.schedule.peak, stage.schedule.kind) == (5e-7, "constant")
+    assert 0 <= 2_000_000 - stage.tokens // stage.context_length < 768
+
+
 def test_tinyllama_as_published():
     rate, sizes = corner("tinyllama:1.1b", "pretraining")
     assert (sizes.num_steps, sizes.rows(0)) == (1_430_512, 1024)
@@ -227,8 +255,7 @@ def test_tulu_3_as_published():
         assert float(rate(128_000 // pairs // 10)) == pytest.approx(dpo)
         assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0, "cached")
         assert {s.optimizer.weight_decay for s in config.stages.values()} == {0.0}
-        published = [stage for name, stage in config.stages.items() if name != "rlvr_grpo"]  # its clipping is ours
-        assert {stage.optimizer.clip_norm for stage in published} == {0.0}
+        assert {s.optimizer.clip_norm for s in config.stages.values() if not s.reinforcement} == {0.0}
     reward = load("tulu3:8b").stages["reward_model"]
     assert (reward.schedule.peak, reward.optimizer.epsilon, reward.batch_size.tokens) == (3e-6, 1e-5, (256 * 4096,))
 

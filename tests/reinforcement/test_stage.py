@@ -127,7 +127,7 @@ def test_a_divergence_is_measured_from_the_model_as_the_stage_began(folder, plac
         return
     rows = [row for row in metrics(run) if "loss" in row]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert rows[-1]["kl"] > 1e-6
+    assert max(row["kl"] for row in rows) > 1e-6
     expected = fingerprints(run)
     for path in (run / "checkpoints").iterdir():
         if int(path.name) > 6:
