@@ -123,9 +123,11 @@ def read_params(folder: HuggingFaceFolder, abstract: nnx.State) -> nnx.State:
 
     def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         own = pieces[jax.tree_util.keystr(path[:-1], simple=True, separator="/")]
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: read_part(own, folder.tensors, leaf, index)
-        )
+
+        def part(index: Any) -> np.ndarray:
+            return read_part(own, folder.tensors, leaf, index)
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     return jax.tree_util.tree_map_with_path(read, abstract)
 
@@ -141,9 +143,9 @@ def read_part(
         if not all(place in each for each, place in zip(outer, piece.index, strict=True)):
             continue
         leading = tuple(each.index(place) for each, place in zip(outer, piece.index, strict=True))
-        rows, *columns = own[::-1] if piece.transposed else own
-        columns = [slice(each.start, each.stop) for each in columns]
+        rows, *others = own[::-1] if piece.transposed else own
+        columns = slice(others[0].start, others[0].stop) if others else slice(None)
         shape = (len(rows), *piece.shape[1:])
-        block = tensors[piece.tensor].read(piece.first_row + rows.start, shape, *columns)
+        block = tensors[piece.tensor].read(piece.first_row + rows.start, shape, columns)
         part[leading] = block.T if piece.transposed else block
     return part

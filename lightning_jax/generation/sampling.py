@@ -12,7 +12,7 @@ Shapes: B rows, V vocabulary, I ids that stop a row.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +137,9 @@ class RowSettings(NamedTuple):
             dtype = np.float32 if Sampling.__annotations__[name] is float else np.int32
             return np.array([getattr(sampling, name) for sampling in samplings], dtype)
 
-        names = [name.rpartition("_")[0] for name in cls._fields[:-1]]
         stop_ids = [(*sampling.stop_ids, *[-1] * (width - len(sampling.stop_ids))) for sampling in samplings]
-        return cls(*map(column, names), np.array(stop_ids, np.int32))
+        columns: dict[str, Any] = {name: column(name.rpartition("_")[0]) for name in cls._fields[:-1]}
+        return cls(**columns | {"stop_ids_BI": np.array(stop_ids, np.int32)})
 
 
 def stop_ids_width(samplings: Sequence[Sampling]) -> int:
@@ -167,7 +167,7 @@ def choose(
     temperature_B1 = jnp.where(greedy_B1, 1, settings.temperature_B[:, None])
     scaled_BV = logits_BV / temperature_B1
     scores_BV = scaled_BV
-    if needs.penalty:
+    if seen_BV is not None:
         scores_BV = penalised(logits_BV, seen_BV, settings.repetition_penalty_B[:, None]) / temperature_B1
     if needs.truncation:
         scores_BV = jnp.where(scores_BV >= lowest_kept(scores_BV, settings), scores_BV, -jnp.inf)

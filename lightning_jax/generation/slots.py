@@ -13,7 +13,7 @@ Shapes: B slots, X parts that the rows are split into over devices, N steps of a
 import collections
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -122,13 +122,13 @@ class Slots:
         per_part = self.settings.slots // self.shards
         chosen: list[tuple[Prompt, int] | None] = [None] * self.shards
         for part, slot in enumerate(slots):
-            if slot is None:
-                continue
             prompt = self.prefilled[part]
+            if slot is None or prompt is None:
+                continue
             sample = prompt.waiting.popleft()
             chosen[part] = prompt, sample
             tokenizer = self.generator.tokenizer
-            stream = tokenizer and TextStream(tokenizer, prompt.sampling.stop)
+            stream = TextStream(tokenizer, prompt.sampling.stop) if tokenizer else None
             self.sequences[slot] = GrowingCompletion(prompt.number, sample, stream, self.on_text)
             if not prompt.waiting:
                 self.prefilled[part] = None
@@ -150,19 +150,18 @@ class Slots:
             seen_BV = np.zeros((len(chosen), self.generator.config.vocab_size), bool)
             for row, prompt in zip(seen_BV, prompts, strict=True):
                 row[prompt.ids if prompt else []] = True
-        return decoding.Rows(
-            token_B=column(lambda prompt: prompt.ids[-1], 0),
-            position_B=column(lambda prompt: len(prompt.ids) - 1, 0),
-            reason_B=column(lambda prompt: decoding.RUNNING, decoding.STOPPED),
-            generated_B=column(lambda prompt: 0, 0),
-            certain_B=column(lambda prompt: 0, 0),
-            key_B2=np.array(
-                [sample_key(each[0].sampling, each[0].number, each[1]) if each else (0, 0) for each in chosen],
-                np.uint32,
-            ),
-            settings=RowSettings.of([prompt.sampling if prompt else off for prompt in prompts], self.width),
-            seen_BV=seen_BV,
-        )
+        keys = [sample_key(each[0].sampling, each[0].number, each[1]) if each else (0, 0) for each in chosen]
+        columns: dict[str, Any] = {
+            "token_B": column(lambda prompt: prompt.ids[-1], 0),
+            "position_B": column(lambda prompt: len(prompt.ids) - 1, 0),
+            "reason_B": column(lambda prompt: decoding.RUNNING, decoding.STOPPED),
+            "generated_B": column(lambda prompt: 0, 0),
+            "certain_B": column(lambda prompt: 0, 0),
+            "key_B2": np.array(keys, np.uint32),
+            "seen_BV": seen_BV,
+        }
+        settings = RowSettings.of([prompt.sampling if prompt else off for prompt in prompts], self.width)
+        return decoding.Rows(**columns, settings=settings)
 
     # Slots into completions.
 

@@ -139,10 +139,8 @@ class LayerStack(nnx.Module):
                 new_states.append(run_state)
             return (x_BTD, new_states), jax.tree.map(lambda *sums: jnp.concatenate(sums), *routers)
 
-        if separate_layers is None:
-            scan, layers = jax.lax.scan, self._stacked_layers(with_places=state is not None)
-        else:
-            scan, layers = scan_list, separate_layers
+        scan: Callable[..., tuple[Any, Any]] = jax.lax.scan if separate_layers is None else scan_list
+        layers = separate_layers or self._stacked_layers(with_places=state is not None)
         states = [None] * len(self.runs) if state is None else state
         (x_BTD, states), router = scan(repeat, (x_BTD, states), layers)
         router = jax.tree.map(lambda sums: sums.reshape(-1, *sums.shape[2:]), router)

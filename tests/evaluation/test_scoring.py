@@ -44,6 +44,17 @@ def test_scores_on_a_mesh_are_those_of_one_device(layout):
     check(scorer(layout).score(given), given)
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 1, 1, 2)])
+def test_continuations_score_from_one_state_of_their_prompt_as_each_alone(layout):
+    dice = np.random.default_rng(4)
+    prompts = [dice.integers(0, 258, size).astype(np.int32) for size in (20, 1, 33)]
+    continuations = [[dice.integers(0, 258, size).astype(np.int32) for size in (3, 17)] for _ in prompts]
+    scores = scorer(layout).score_continuations(prompts, continuations)
+    for prompt, own, found in zip(prompts, continuations, scores, strict=True):
+        alone = [log_probs_alone([*prompt, *each], len(prompt))[0].sum(dtype=np.float64) for each in own]
+        np.testing.assert_allclose(found, alone, atol=1e-4)
+
+
 def test_greedy_is_told_of_the_greedy_continuation_only():
     prompt = [256, 104, 105]
     ids = np.array([*prompt, *greedy_alone(prompt, 4)])
