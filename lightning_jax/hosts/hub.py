@@ -105,7 +105,10 @@ class Hub:
         try:
             hello = json.loads(await reader.readline())
             index, count, name = hello["host"], hello["of"], hello["name"]
-        except (ValueError, KeyError, TypeError, ConnectionError):  # no host of ours
+            known = index in range(self._count) or count != self._count
+        except (ValueError, KeyError, TypeError, ConnectionError):
+            known = False
+        if not known:  # no host of ours
             writer.close()
             return
         if index in self._hosts or count != self._count:

@@ -129,7 +129,7 @@ def test_a_host_that_is_started_twice_or_counts_otherwise_is_named(port, ended):
 
 def test_whoever_else_calls_is_not_heard(port, ended):
     hub = Hub(port, 2, 20.0)
-    for word in (b"GET / HTTP/1.1\r\n", b'{"host": "x"}\n', b"[]\n", b""):
+    for word in (b"GET / HTTP/1.1\r\n", b'{"host": "x"}\n', b'{"host": 9, "of": 2, "name": "x"}\n', b"[]\n", b""):
         with socket.create_connection(("localhost", port)) as other:
             other.sendall(word)
     first, second = lines(port, 2, range(2))

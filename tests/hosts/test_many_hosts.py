@@ -46,7 +46,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("hosts")
     tiny_run.write_corpus(folder)
     with hosts(folder, "whole", 2) as processes:
-        assert ends(processes)[0] == [0, 0]
+        codes, said = ends(processes)
+    assert codes == [0, 0], said
     return folder
 
 
