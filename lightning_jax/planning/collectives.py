@@ -92,12 +92,29 @@ def _group(line: str, mesh: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         groups, sizes, order = (tuple(map(int, each.split(","))) if each else None for each in iota.groups())
         group = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(groups)[0]
+    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        group = _group_of_axes(*named.groups())
     elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         group = np.array([int(device) for device in listed[1].split(",")])
     else:
         group = np.arange(math.prod(shape))
     places = np.array(np.unravel_index(group, shape))
     return len(group), _names(mesh, (places != places[:, :1]).any(axis=1))
+
+
+def _group_of_axes(mesh: str, axes: str) -> np.ndarray:
+    """The devices of the first group of a collective along axes such as `'data','tensor':(2)4`.
+
+    The latter are 4 places in the middle of "tensor", with 2 outer ones that are not in it.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    strides = dict(zip(sizes, np.cumprod([1, *list(sizes.values())[:0:-1]])[::-1], strict=True))
+    group = np.zeros(1, int)
+    for name, outer, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(part or sizes[name])
+        stride = strides[name] * sizes[name] // (int(outer or 1) * count)
+        group = (group[:, None] + stride * np.arange(count)).ravel()
+    return group
 
 
 def _names(mesh: Mapping[str, int], along: np.ndarray) -> tuple[str, ...]:

@@ -56,7 +56,14 @@ def test_results_of_started_operations_and_groups_in_any_notation():
 ENTRY %main (x: f32[4]) -> f32[8] {
   %a = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8], dimensions={0}
   %b = f32[4]{0} all-reduce-start(%x), replica_groups=[4,2]<=[2,2,2]T(0,2,1), to_apply=%add
+  %d = f32[8]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, to_apply=%add
+  %e = f32[8]{0} all-reduce(%x), replica_groups=mesh['data'=2,'fsdp'=1,'sequence'=2,'tensor'=2] {'tensor'}
   %c = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %y), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
 """
-    assert sent_by_axes(program, MESH) == {("tensor",): 8, ("sequence",): 16, ("data",): 24}
+    assert sent_by_axes(program, MESH) == {
+        ("tensor",): 8 + 32,
+        ("sequence",): 16,
+        ("data",): 24,
+        ("data", "sequence"): 48,
+    }
