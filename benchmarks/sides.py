@@ -2,7 +2,8 @@
 
 A benchmark has a function for each side, which imports that side's library and returns its versions and a function that
 answers questions; questions and answers are what JSON holds. A side's process stays alive, so that it compiles and
-warms up before a clock starts, and sleeps while another side runs.
+warms up before a clock starts, and sleeps while another side runs. On a CPU all of them get huge pages for large arrays
+(GLIBC_TUNABLES): XLA maps and unmaps a step's memory each time, and half a million page faults would be part of it.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 Answers = tuple[dict[str, str], Callable[..., Any]]  # versions by package; from a question's fields to its answer
-ON_THE_CPU = {"JAX_PLATFORMS": "cpu"}
+ON_THE_CPU = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Side:
@@ -101,6 +102,7 @@ def work(module: str, function: str, threads: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not be taken for an answer
     if hasattr(os, "sched_setaffinity"):  # Linux; before a library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    sys.modules["kernels"] = None  # transformers looks for a package so named, and must not find our program
     versions, answer = getattr(importlib.import_module(module), function)(threads)
     print(json.dumps(versions), file=answers, flush=True)
     for line in sys.stdin:

@@ -4,14 +4,18 @@
 
 PYTHON is an interpreter that has torch and transformers; the one that runs this file has lightning_jax. A step is
 forward, backward and AdamW in float32, of the same model on the same batch and number of threads. Each side is a
-process that compiles and warms up before the clock starts and times its own steps when asked; they take turns, and
-every second pair begins with the other one. PyTorch runs eagerly, as transformers trains by default, with its fused
-attention and fused AdamW.
+process that compiles and warms up before the clock starts; asked, it makes a step to warm up again and times the next.
+They take turns, and every second pair begins with the other one. PyTorch runs eagerly, as transformers trains by
+default, with its fused attention and fused AdamW. Both are given huge pages (benchmarks/sides.py).
+
+Between the steps a third process times one matrix product of the models' sizes in XLA: the arithmetic that a step
+needs, over its time, as a share of that product's rate says how far either side is from what the processor can do.
 
 Result: benchmarks/results/training_speed.json and .md. `--quick` proves in a minute that it works and writes nothing.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -23,6 +27,7 @@ from models import HYBRID, LLAMA, TINY, jax_config, torch_config
 from sides import Answers, Side, ratios, take_turns
 
 SHAPES = ((8, 512), (1, 8192))  # rows, tokens of each
+SHAPE = (8192, 256, 1024)  # of the matrix product
 LEARNING_RATE, WEIGHT_DECAY = 3e-4, 0.1
 
 Step = Callable[[], float]  # makes a step and returns its loss
@@ -43,8 +48,9 @@ def main() -> None:
     with (
         Side(sys.executable, jax_side, arguments.threads) as ours,
         Side(arguments.torch_python, torch_side, arguments.threads) as theirs,
+        Side(sys.executable, product_side, arguments.threads) as product,
     ):
-        sides = {"lightning_jax": ours, "transformers": theirs}
+        sides = {"lightning_jax": ours, "transformers": theirs, "product": product}
         for model in models:
             for rows, length in shapes:
                 results.append(compare(sides, model, rows, length, pairs))
@@ -55,15 +61,16 @@ def main() -> None:
         "Forward, backward and AdamW in float32, the same model and batch on both sides, taking turns; medians of "
         f"{pairs} pairs. Above 1 ours is faster.",
         "",
-        "| model | parameters | batch | ours, tokens/s | transformers, tokens/s | ratio (least to most of all pairs) |",
-        "|---|---|---|---|---|---|",
+        "| model | parameters | batch | ours, tokens/s | transformers, tokens/s | ratio (least to most of all pairs) | "
+        "a matrix product, GFLOP/s | ours, share of it | transformers, share |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(table_row, results),
     ]
     recording.write(
         "training_speed",
         lines,
         {"results": results},
-        {name: side.versions for name, side in sides.items()},
+        {name: sides[name].versions for name in ("lightning_jax", "transformers")},
         cores=arguments.threads,
         interpreter=arguments.torch_python,
         folder=None if arguments.quick else recording.RESULTS,
@@ -73,11 +80,13 @@ def main() -> None:
 def compare(sides: dict[str, Side], model: dict[str, Any], rows: int, length: int, pairs: int) -> dict[str, Any]:
     """Builds the model on both sides, then takes turns, one step each."""
     built = {name: side.ask(model=model, rows=rows, length=length) for name, side in sides.items()}
+    product = built.pop("product")
     parameters = {answer["parameters"] for answer in built.values()}
     if len(parameters) > 1:
         raise RuntimeError(f"the two sides built different models: {built}")
     seconds = take_turns({name: side.ask for name, side in sides.items()}, pairs)
     least, median, most = ratios(seconds["transformers"], seconds["lightning_jax"])
+    rate = product["product_flops"] / statistics.median(seconds.pop("product"))
     return {
         "model": model["name"],
         "parameters": parameters.pop(),
@@ -88,15 +97,21 @@ def compare(sides: dict[str, Side], model: dict[str, Any], rows: int, length: in
         "tokens_per_second": {name: rows * length / statistics.median(times) for name, times in seconds.items()},
         "ratio": median,
         "ratio_range": [least, most],
+        "product_flops_per_second": rate,
+        "share_of_product": {
+            name: product["step_flops"] / statistics.median(times) / rate for name, times in seconds.items()
+        },
     }
 
 
 def table_row(result: dict[str, Any]) -> str:
     speed, (least, most) = result["tokens_per_second"], result["ratio_range"]
+    share = result["share_of_product"]
     return (
         f"| {result['model']} | {result['parameters']:,} | {result['rows']} x {result['length']:,} | "
         f"{speed['lightning_jax']:,.0f} | {speed['transformers']:,.0f} | "
-        f"{result['ratio']:.2f} ({least:.2f} to {most:.2f}) |"
+        f"{result['ratio']:.2f} ({least:.2f} to {most:.2f}) | {result['product_flops_per_second'] / 1e9:,.0f} | "
+        f"{share['lightning_jax']:.0%} | {share['transformers']:.0%} |"
     )
 
 
@@ -111,6 +126,7 @@ def timed(build: Callable[..., tuple[int, Step]]) -> Callable[..., Any]:
             loss = step()  # compiles
             step()
             return {"parameters": parameters, "loss": loss}
+        step()  # while the other side ran, a virtual machine gave this one's free memory back to its host
         begin = time.perf_counter()
         step()
         return time.perf_counter() - begin
@@ -196,6 +212,29 @@ def torch_side(threads: int) -> Answers:
         return sum(parameter.numel() for parameter in network.parameters()), step
 
     return recording.package_versions("torch", "transformers"), timed(build)
+
+
+def product_side(threads: int) -> Answers:
+    """A product [T, D] x [D, 4D] in XLA, as often as takes half a second, and the arithmetic of a step beside it."""
+    import jax
+    import jax.numpy as jnp
+
+    multiply = jax.jit(jnp.matmul)
+    repetitions = 64
+
+    def answer(**question: Any) -> dict[str, float] | float:
+        if question:
+            model, rows, length = question["model"], question["rows"], question["length"]
+            step_flops = jax_config(model).flops_per_token(length, "model") * rows * length
+            return {"product_flops": repetitions * 2 * math.prod(SHAPE), "step_flops": step_flops}
+        left, right = jnp.ones(SHAPE[:2]), jnp.ones(SHAPE[1:])
+        multiply(left, right).block_until_ready()
+        begin = time.perf_counter()
+        for _ in range(repetitions):
+            multiply(left, right).block_until_ready()
+        return time.perf_counter() - begin
+
+    return recording.package_versions("jax"), answer
 
 
 if __name__ == "__main__":
