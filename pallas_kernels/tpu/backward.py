@@ -21,7 +21,7 @@ from pallas_kernels.tpu.chunk import (
     decays_within,
     matmul,
 )
-from pallas_kernels.tpu.lanes import block, diagonal, heads_together, of_one, on_diagonal, side_by_side
+from pallas_kernels.tpu.lanes import block, diagonal, head_by_head, heads_together, of_one, on_diagonal, side_by_side
 from pallas_kernels.varying import shape_like
 
 
@@ -121,16 +121,17 @@ def _kernel(
         to_end = [chunk.to_end(a) for a in decays]
         decayed_do_CV = (from_start_CV * do_CV).astype(dtype)
 
-        dq_CK = matmul(decayed_do_CV, state_KV, 1, 1)
-        dk_CK = side_by_side(to_end, key_dim) * matmul(v_CV, d_state_operand_KV, 1, 1)
-        dv_CV = side_by_side(to_end, value_dim) * matmul(k_CK, d_state_operand_KV, 1, 0)
-        for i, h in enumerate(group):
-            own_q_CK, own_k_CK, own_do_CV = (of_one(x, i, group) for x in (q_CK, k_CK, do_CV))
-            scores_CC = chunk.within(matmul(own_q_CK, k_CK, 1, 1), within[h]).astype(dtype)
-            d_scores_CC = chunk.within(matmul(own_do_CV, v_CV, 1, 1), within[h]).astype(dtype)
-            dq_CK += matmul(d_scores_CC, own_k_CK, 1, 0)
-            dk_CK += matmul(d_scores_CC, own_q_CK, 0, 0)
-            dv_CV += matmul(scores_CC, own_do_CV, 0, 0)
+        scores, d_scores = (
+            [
+                chunk.within(matmul(of_one(x_CW, i, group), y_CW, 1, 1), within[h]).astype(dtype)
+                for i, h in enumerate(group)
+            ]
+            for x_CW, y_CW in ((q_CK, k_CK), (do_CV, v_CV))
+        )
+        dq_CK = head_by_head(d_scores, k_CK, 1, group) + matmul(decayed_do_CV, state_KV, 1, 1)
+        to_end_CK, to_end_CV = side_by_side(to_end, key_dim), side_by_side(to_end, value_dim)
+        dk_CK = head_by_head(d_scores, q_CK, 0, group) + to_end_CK * matmul(v_CV, d_state_operand_KV, 1, 1)
+        dv_CV = head_by_head(scores, do_CV, 0, group) + to_end_CV * matmul(k_CK, d_state_operand_KV, 1, 0)
         chunk.store(dq, group, dq_CK)
         chunk.store(dk, group, dk_CK)
         chunk.store(dv, group, dv_CV)

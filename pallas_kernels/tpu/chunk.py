@@ -1,7 +1,6 @@
 """What the forward and the backward kernel share: a chunk's powers of λ, its borders between documents, its tail.
 
-Source: Lightning Attention-2 (arXiv 2401.04658) algorithms 1 and 2; the decays are those of MiniMax-01 (arXiv
-2501.08313) section 2.2, each λ to a power ≥ 0.
+Source: Lightning Attention-2 (arXiv 2401.04658) algorithms 1 and 2, with every decay as λ to a power ≥ 0.
 Shapes: B batch, T sequence, H heads, K key dim, V value dim, N chunks, C chunk length (i, j its queries and keys),
 h heads of one block.
 """

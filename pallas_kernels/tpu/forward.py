@@ -21,7 +21,7 @@ from pallas_kernels.tpu.chunk import (
     decays_within,
     matmul,
 )
-from pallas_kernels.tpu.lanes import block, diagonal, heads_together, of_one, on_diagonal, side_by_side
+from pallas_kernels.tpu.lanes import block, diagonal, head_by_head, heads_together, of_one, on_diagonal, side_by_side
 from pallas_kernels.varying import shape_like
 
 
@@ -95,13 +95,15 @@ def _kernel(log_decay, borders, q, k, v, initial_state, o, final_state, states, 
         q_CK, k_CK, v_CV = chunk.load(q, group), chunk.load(k, group), chunk.load(v, group)
         state_KV, dtype = state_ref[...], q_CK.dtype
         state_operand_KV = state_KV.astype(dtype)
-        from_start_CV = side_by_side([chunk.from_start(a) for a in decays], value_dim)
-        o_CV = from_start_CV * matmul(q_CK, state_operand_KV, 1, 0)
-        for i, h in enumerate(group):
-            if states is not None:
+        if states is not None:
+            for i, h in enumerate(group):
                 states[0, 0, h] = block(state_operand_KV, i, group)
-            scores_CC = chunk.within(matmul(of_one(q_CK, i, group), k_CK, 1, 1), within[h]).astype(dtype)
-            o_CV += matmul(scores_CC, of_one(v_CV, i, group), 1, 0)
+        scores = [
+            chunk.within(matmul(of_one(q_CK, i, group), k_CK, 1, 1), within[h]).astype(dtype)
+            for i, h in enumerate(group)
+        ]
+        from_start_CV = side_by_side([chunk.from_start(a) for a in decays], value_dim)
+        o_CV = head_by_head(scores, v_CV, 1, group) + from_start_CV * matmul(q_CK, state_operand_KV, 1, 0)
         chunk.store(o, group, o_CV)
         decayed_k_CK = (side_by_side([chunk.to_end(a) for a in decays], key_dim) * k_CK).astype(dtype)
         across_1V = side_by_side([chunk.across(a) for a in decays], value_dim)

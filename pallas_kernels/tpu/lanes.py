@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.tpu.block_sizes import LANES
+from pallas_kernels.tpu.chunk import matmul
 
 
 def heads_together(heads: int, key_dim: int, value_dim: int) -> list[range]:
@@ -29,7 +30,13 @@ def side_by_side(numbers: Sequence[jax.Array], dim: int) -> jax.Array:
 
 def of_one(x_CW: jax.Array, n: int, heads: range) -> jax.Array:
     """x, zero outside the lanes of the n-th of the heads."""
-    return x_CW if len(heads) == 1 else jnp.where(_head(x_CW, 1, heads) == n, x_CW, jnp.zeros_like(x_CW))
+    return x_CW if len(heads) == 1 else jnp.where(_of_second(x_CW, 1) == bool(n), x_CW, jnp.zeros_like(x_CW))
+
+
+def head_by_head(weights: Sequence[jax.Array], x_CW: jax.Array, axis: int, heads: range) -> jax.Array:
+    """[C, W]: each head's weights [C, C] times its lanes of x, contracting this axis of the weights."""
+    products = [matmul(weights_CC, of_one(x_CW, n, heads), axis, 0) for n, weights_CC in enumerate(weights)]
+    return products[0] if len(heads) == 1 else products[0] + products[1]
 
 
 def diagonal(blocks: Sequence[jax.Array]) -> jax.Array:
@@ -43,7 +50,7 @@ def diagonal(blocks: Sequence[jax.Array]) -> jax.Array:
 
 def on_diagonal(x_WW: jax.Array, heads: range) -> jax.Array:
     """x, zero where row and lane are of different heads."""
-    return x_WW if len(heads) == 1 else jnp.where(_head(x_WW, 0, heads) == _head(x_WW, 1, heads), x_WW, 0)
+    return x_WW if len(heads) == 1 else jnp.where(_of_second(x_WW, 0) == _of_second(x_WW, 1), x_WW, 0)
 
 
 def block(x_WW: jax.Array, n: int, heads: range) -> jax.Array:
@@ -52,6 +59,6 @@ def block(x_WW: jax.Array, n: int, heads: range) -> jax.Array:
     return x_WW[n * K : (n + 1) * K, n * V : (n + 1) * V]
 
 
-def _head(x: jax.Array, axis: int, heads: range) -> jax.Array:
-    """Which of the heads each number of x belongs to."""
-    return lax.broadcasted_iota(jnp.int32, x.shape, axis) // (x.shape[axis] // len(heads))
+def _of_second(x: jax.Array, axis: int) -> jax.Array:
+    """Whether each number of x belongs to the second of two heads."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, axis) >= x.shape[axis] // 2

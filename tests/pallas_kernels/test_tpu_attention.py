@@ -71,7 +71,7 @@ def test_huge_decays_stay_finite_and_exact(slope):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 60),
@@ -80,13 +80,13 @@ def test_huge_decays_stay_finite_and_exact(slope):
     heads=st.integers(1, 3),
     chunk_size=st.sampled_from([8, 16, 24]),
     documents=st.booleans(),
-    seed=st.integers(0, 2**32 - 8),
+    seed=st.integers(0, 2**32 - 4),
 )
 def test_random_shapes_and_documents_equal_the_recurrence(
     batch, length, key_dim, value_dim, heads, chunk_size, documents, seed
 ):
-    """25 shapes, each with 8 draws of inputs, decays and borders."""
-    for draw in range(8):
+    """200 cases: 50 shapes, each compiled once for 4 draws of inputs, decays and borders."""
+    for draw in range(4):
         rng = np.random.default_rng(seed + draw)
         case = random_case(
             length,
