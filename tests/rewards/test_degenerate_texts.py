@@ -1,6 +1,5 @@
 """Long texts of one thing again and again, as models in trouble write them: none may stop a verifier."""
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -63,9 +62,8 @@ def test_rewards_without_processes_are_quick():
 
 def test_constraints_are_checked_quickly():
     arguments = {constraint: given for constraint, _, given, _ in GOLDEN}
-    for constraint in CONSTRAINTS:
-        if constraint not in LANGUAGE or importlib.util.find_spec("langdetect"):
-            assert_quick(lambda text, constraint=constraint: follows(text, constraint, arguments[constraint]))
+    for constraint in CONSTRAINTS.keys() - LANGUAGE:  # languages are told by another library, in its own time
+        assert_quick(lambda text, constraint=constraint: follows(text, constraint, arguments[constraint]))
 
 
 def test_tulu3s_constraints_are_checked_quickly():
