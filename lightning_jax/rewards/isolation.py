@@ -29,22 +29,27 @@ def require_isolation() -> None:
     elif _version(platform.release()) < (5, 14):
         # Before, the kernel counted a user's processes over all namespaces, and workers took them from each other.
         problem = "it needs Linux 5.14"
+    elif os.getuid() == 0 and shutil.which("setpriv") is None:
+        problem = "setpriv is not installed (apt install util-linux)"
     elif interpreter() is None:
         problem = "there is no Python outside a home folder (apt install python3)"
     if problem:
         raise UserError(f"no sandbox for generated code: {problem}; {WAYS_OUT}")
 
 
-def bwrap_command(python: Path, disk: int, seccomp_fd: int) -> list[str]:
+def bwrap_command(python: Path, uid: int, disk: int, seccomp_fd: int) -> list[str]:
     """What to put before a command. The order matters: what is mounted is made read-only after.
 
     Args:
         python: of `interpreter`.
+        uid: of the user that root becomes; anyone else stays who he is, in a namespace of his own.
         disk: bytes of /tmp, the only place where anything can be written.
         seccomp_fd: a file with the filter of system calls.
     """
-    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
-    command += ["--cap-drop", "ALL", "--clearenv"]
+    # Not by Python's subprocess, which then copies the page tables of this process: a trainer's are large.
+    command = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"] if os.getuid() == 0 else []
+    command += [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
+    command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     for name, value in ENVIRONMENT.items():
         command += ["--setenv", name, value]
     command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr"]

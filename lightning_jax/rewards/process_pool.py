@@ -15,8 +15,6 @@ from lightning_jax.json_process import JSONProcess, ProcessEnded, ProcessTimeout
 
 PATIENCE = 10.0  # wall-clock time for each second of CPU time, on a machine that does other work too
 START = 60.0  # seconds for imports
-
-
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 

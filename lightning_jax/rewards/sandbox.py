@@ -195,17 +195,15 @@ class _Process:
         }
         fds = [ready, job_file.fileno(), *(each.fileno() for each in more)]
         python, command = interpreter() or Path(sys.executable), list[str]()
-        options: dict[str, Any] = {}
+        folder = None
         if self._isolated:
             # Of the processes one is bubblewrap's. Outside a namespace all of the user's would count.
             resources["RLIMIT_NPROC"] = (limits.processes + 1,) * 2
             seccomp = self._stack.enter_context(_memory_file(refusing_filter()))
             fds.append(seccomp.fileno())
-            command = bwrap_command(python, limits.disk, seccomp.fileno())
-            if os.getuid() == 0:
-                options = {"user": uid, "group": uid, "extra_groups": []}
+            command = bwrap_command(python, uid, limits.disk, seccomp.fileno())
         else:
-            options = {"cwd": self._stack.enter_context(tempfile.TemporaryDirectory())}
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         job = {**job, "limits": resources, "ready_fd": ready, "calls_fd": fds[2] if more else None}
         job_file.write(json.dumps(job).encode())
         job_file.seek(0)
@@ -218,7 +216,7 @@ class _Process:
                 pass_fds=fds,
                 env=ENVIRONMENT,
                 start_new_session=True,
-                **options,
+                cwd=folder,
             )
         except OSError:
             self._stack.close()
