@@ -205,3 +205,10 @@ def _kernel(
         plgpu.commit_smem()
     leaving_BPHKV[b, p, h, :, columns] = lax.fori_loop(0, piece.steps, advance, state_KW)
     plgpu.wait_smem_to_gmem(0)
+
+    # A barrier is left with every phase waited for.
+    @pl.when(warpgroup == 0)
+    def _():
+        @pl.loop(jnp.maximum(piece.steps - stages, 0), piece.steps)
+        def _(step):
+            plgpu.barrier_wait(used.at[lax.rem(step, stages)])
