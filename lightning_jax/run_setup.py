@@ -146,6 +146,7 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
             f"{model.num_layers} layers of {kinds}"
         ),
         **_lightning_kernel(model),
+        **_adapters(config),
         "stages": [
             f"{stage.name}: {stage.batch_sizes.num_steps:,} steps, "
             f"{formatting.count(stage.config.tokens)} tokens, context {stage.config.context_length:,}, "
@@ -154,6 +155,13 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
         ],
         "folder": str(folder),
     }
+
+
+def _adapters(config: RunConfig) -> dict[str, str]:
+    """What is trained in place of the weights."""
+    if not config.lora:
+        return {}
+    return {"adapters": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, of {', '.join(config.lora.targets)}"}
 
 
 def _lightning_kernel(model: ModelConfig) -> dict[str, str]:
