@@ -15,11 +15,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import recording
 
 from lightning_jax.rewards import CodeReward, Completion, MathReward, Program, RewardFunction, Sandbox, gsm8k_reward
-from lightning_jax.rewards.answers import math_answer
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
@@ -40,8 +40,8 @@ def rows_of(path: Path, step: int) -> list[dict]:
         return [json.loads(line) for line in file][::step]
 
 
-def agreement(accepted: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
-    """Precision, recall and counts of what is accepted against what is right."""
+def agreement(accepted: Sequence[bool], labels: Sequence[bool]) -> dict[str, Any]:
+    """Precision, recall and counts of what is accepted against what is right, and which solutions are disagreed on."""
     both = sum(a and b for a, b in zip(accepted, labels, strict=True))
     return {
         "precision": both / max(1, sum(accepted)),
@@ -49,6 +49,7 @@ def agreement(accepted: Sequence[bool], labels: Sequence[bool]) -> dict[str, flo
         "false_positives": sum(accepted) - both,
         "false_negatives": sum(labels) - both,
         "solutions": len(labels),
+        "disagreements": [i for i, (a, b) in enumerate(zip(accepted, labels, strict=True)) if a != b],
     }
 
 
@@ -72,12 +73,7 @@ def gsm8k(path: Path, step: int, math: RewardFunction) -> dict[str, dict]:
             labels.append(row[model]["is_correct"])
 
     def results(name: str, accepted: list[bool], rate: float | None) -> dict:
-        disagreed = [
-            {"text": each.text[-200:], "truth": each.record["ground_truth"], "label": label}
-            for each, ours, label in zip(completions, accepted, labels, strict=True)
-            if ours != label
-        ]
-        return {name: {**agreement(accepted, labels), "per_second": rate, "disagreements": disagreed[:20]}}
+        return {name: {**agreement(accepted, labels), "per_second": rate}}
 
     tulu = [tulu3_gsm8k(each.text, each.record["ground_truth"]) for each in completions]
     return (
@@ -94,7 +90,6 @@ def math(path: Path, step: int, reward: RewardFunction) -> dict[str, dict]:
     """
     rows = rows_of(path, step)
     others = [*rows[1:], rows[0]]
-    answers = [math_answer(row["solution"]) for row in rows]
     completions = [completion(row["solution"], ground_truth=row["answer"]) for row in rows]
     wrong = [
         completion(row["solution"], ground_truth=other["answer"])
@@ -103,13 +98,7 @@ def math(path: Path, step: int, reward: RewardFunction) -> dict[str, dict]:
     ]
     accepted, rate = timed(reward, completions + wrong)
     labels = [True] * len(completions) + [False] * len(wrong)
-    disagreements = [
-        {"answer": math_answer(each.text), "truth": each.record["ground_truth"], "label": label}
-        for each, ours, label in zip(completions + wrong, accepted, labels, strict=True)
-        if ours != label
-    ]
-    result = {**agreement(accepted, labels), "per_second": rate, "disagreements": disagreements}
-    return {"MATH, own and others' answers": result} if all(answers) else {}
+    return {"MATH, own and others' answers": {**agreement(accepted, labels), "per_second": rate}}
 
 
 def humaneval(path: Path, step: int, reward: RewardFunction) -> dict[str, dict]:

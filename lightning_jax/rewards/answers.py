@@ -6,7 +6,7 @@ from decimal import Decimal
 # A sign belongs to the number unless it stands behind what it could be subtracted from.
 NUMBER = re.compile(r"(?:(?<![\w)\]}.])[-+])?(?:\d+\.\d+|\.\d+|\d+)")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-FINAL_ANSWER = re.compile(r"final answer is:?(.*?)(?:\. I hope it is correct|\.?\s*$)", re.IGNORECASE | re.MULTILINE)
+FINAL_ANSWER = re.compile(r"final answer is:?", re.IGNORECASE)
 FORMULA = re.compile(r"(?<!\\)\$(?!\s)([^$]+?)(?<![\s\\])\$(?!\d)")  # as Pandoc tells formulas from prices
 
 
@@ -26,16 +26,17 @@ def last_number(text: str) -> Decimal | None:
 
 def boxed(text: str) -> str | None:
     r"""What is in the last \boxed{} (or \fbox{}) whose braces close; of `\boxed 5`, what stands before the next $."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])", text)]):
-        rest = text[start:].lstrip()
-        if not rest.startswith("{"):
-            return rest.partition("$")[0].strip()
-        depth = 0
-        for end, character in enumerate(rest):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return rest[1:end].strip()
-    return None
+    boxes = {match.end(): match[1] for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*(\{?)", text)}
+    found = max((end for end, brace in boxes.items() if not brace), default=-1)
+    end = len(text.partition("$")[0]) if found < 0 else found + len(text[found:].partition("$")[0])
+    opened: list[int] = []
+    # One pass, however many boxes are never closed: that too is what models write.
+    for match in re.finditer(r"[{}]", text):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif opened and (start := opened.pop()) in boxes and start > found:
+            found, end = start, match.start()
+    return text[found:end].strip() if found >= 0 else None
 
 
 def math_answer(text: str) -> str | None:
@@ -46,8 +47,10 @@ def math_answer(text: str) -> str | None:
     """
     if (answer := boxed(text)) is not None:
         return answer
-    if found := FINAL_ANSWER.findall(text):
-        return found[-1].strip().strip("$").strip()
+    _, *behind = FINAL_ANSWER.split(text)
+    if behind:
+        line = behind[-1].partition("\n")[0].partition(". I hope it is correct")[0]
+        return line.strip().removesuffix(".").strip("$ ")
     formulas = FORMULA.findall(last_line(text).replace("$$", "$"))
     return formulas[-1] if formulas else None
 

@@ -65,7 +65,7 @@ class CodeReward:
 
 def _function_tests(completion: Completion, code: str) -> FunctionTests:
     name, prompt = required(completion, "entry_point"), completion.record.get("prompt", "")
-    if not re.search(rf"^\s*def\s+{re.escape(name)}\b", code, re.MULTILINE):
+    if not re.search(rf"^[ \t]*def[ \t]+{re.escape(name)}\b", code, re.MULTILINE):
         code = prompt + code  # only the body was written
     return FunctionTests(code, name, completion.record["test"], prompt)
 

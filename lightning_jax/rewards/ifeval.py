@@ -125,11 +125,24 @@ def _postscript(text: str, marker: str) -> bool:
 
 
 def _bullets(text: str) -> int:
-    return len(re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)) + len(re.findall(r"^\s*-.*$", text, re.MULTILINE))
+    stars = re.findall(r"^[^\S\n]*\*[^*].*$", text, re.MULTILINE)
+    return len(stars) + len(re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE))
 
 
-def _titles(text: str) -> bool:
-    return any(each.lstrip("<").rstrip(">").strip() for each in re.findall(r"<<[^\n]+>>", text))
+def placeholders(text: str) -> int:
+    """How many [brackets], each closed in its line; in one pass, where a pattern looks from each bracket to the end."""
+    count = 0
+    for line in text.split("\n"):
+        end = 0
+        while (start := line.find("[", end)) >= 0 and (close := line.find("]", start)) >= 0:
+            count, end = count + 1, close + 1
+    return count
+
+
+def titles(text: str) -> list[str]:
+    """What is in <<double angular brackets>>, from the first of a line to the last."""
+    lines = ((line, line.find("<<"), line.rfind(">>")) for line in text.split("\n"))
+    return [line[start : end + 2] for line, start, end in lines if 0 <= start < end - 2]
 
 
 def _found(pattern: str, text: str) -> int:
@@ -156,9 +169,7 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
         len(re.findall(r"\w+", text)), relation, num_words
     ),
     "length_constraints:nth_paragraph_first_word": _first_word,
-    "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
-    ),
+    "detectable_content:number_placeholders": lambda text, num_placeholders: placeholders(text) >= num_placeholders,
     "detectable_content:postscript": lambda text, postscript_marker: _postscript(text, postscript_marker),
     "detectable_format:number_bullet_lists": lambda text, num_bullets: _bullets(text) == num_bullets,
     "detectable_format:constrained_response": lambda text: any(each in text for each in OPTIONS),
@@ -167,7 +178,7 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
         len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
     ),
     "detectable_format:json_format": is_json,
-    "detectable_format:title": _titles,
+    "detectable_format:title": lambda text: any(each.lstrip("<").rstrip(">").strip() for each in titles(text)),
     "combination:two_responses": _two_responses,
     "combination:repeat_prompt": lambda text, prompt_to_repeat: (
         text.strip().lower().startswith(prompt_to_repeat.strip().lower())

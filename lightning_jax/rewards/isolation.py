@@ -26,9 +26,9 @@ def require_isolation() -> None:
         problem = "bwrap is not installed"
     elif _version(subprocess.run([bwrap, "--version"], capture_output=True, text=True).stdout) < (0, 8):
         problem = "bwrap is older than 0.8"
-    elif os.getuid() != 0 and _version(platform.release()) < (5, 14):
+    elif _version(platform.release()) < (5, 14):
         # Before, the kernel counted a user's processes over all namespaces, and workers took them from each other.
-        problem = "on Linux before 5.14 it has to run as root"
+        problem = "it needs Linux 5.14"
     elif interpreter() is None:
         problem = "there is no Python outside a home folder (apt install python3)"
     if problem:

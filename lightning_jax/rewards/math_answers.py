@@ -32,7 +32,7 @@ def gsm8k_reward(completions: Sequence[Completion], /) -> list[Reward]:
         except InvalidOperation:
             raise UserError(f"ground_truth={truth!r} is not a number, as answers of GSM8K are") from None
         number = last_number(final_part(completion.text))
-        reason = "no number" if number is None else f"{number} {'=' if number == gold else '≠'} {gold}"
+        reason = "no number" if number is None else f"{str(number)[:40]} {'=' if number == gold else '≠'} {gold}"
         rewards.append(Reward(float(number == gold), reason))
     return rewards
 

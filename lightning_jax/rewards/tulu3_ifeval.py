@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.answers import final_part
-from lightning_jax.rewards.ifeval import is_json, language_of, require_langdetect, sentences
+from lightning_jax.rewards.ifeval import is_json, language_of, placeholders, require_langdetect, sentences, titles
 from lightning_jax.rewards.reward import Completion, Reward, required
 
 
@@ -69,9 +69,9 @@ FUNCTIONS: dict[str, Callable[..., bool]] = {
     "verify_sentence_constraint": lambda text, N, quantifier: _quantified(sentences(text), N, quantifier, 1),
     "validate_paragraphs": _first_word,
     "verify_postscript": lambda text, postscript_marker: bool(text.partition(postscript_marker)[2].strip()),
-    "validate_placeholders": lambda text, N: len(re.findall(r"\[.*?\]", text)) >= N,
+    "validate_placeholders": lambda text, N: placeholders(text) >= N,
     "verify_bullet_points": lambda text, N: len(re.findall(r"^[ \t]*[*-]", text, re.MULTILINE)) == N,
-    "validate_title": lambda text: bool(re.search(r"<<.*?>>", text)),
+    "validate_title": lambda text: bool(titles(text)),
     "validate_choice": _choice,
     "validate_highlighted_sections": lambda text, N: len(re.findall(r"\*.*?\*", text)) >= N,
     "validate_sections": _sections,

@@ -7,7 +7,7 @@ import pytest
 from lightning_jax.errors import UserError
 from lightning_jax.rewards import Limits, Sandbox
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=20)
+LIMITS = Limits(cpu_seconds=1, wall_seconds=20, processes=4)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from audit import assert_audited, completion
 from lightning_jax import rewards
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.puzzles import FAMILIES, LEVELS, make_puzzle, puzzle_records, puzzle_reward
+from lightning_jax.rewards.puzzles.__main__ import main
 from lightning_jax.rewards.puzzles.core import solutions
 from lightning_jax.rewards.puzzles.numbers import evaluate
 
@@ -189,3 +190,24 @@ def test_the_readme_names_all_families_and_no_other():
     )
     assert re.findall("[a-z_0-9]+", unique) == sorted(UNIQUE)
     assert re.findall("[a-z_0-9]+", several) == sorted(set(FAMILIES) - set(UNIQUE))
+
+
+def test_the_command_writes_records(tmp_path, capsys):
+    out = tmp_path / "puzzles.jsonl"
+    assert main([f"--out={out}", "--count=3", "--levels=2", "--families=maze,zebra"]) == 0
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert records == list(itertools.islice(puzzle_records([2], 0, ("maze", "zebra")), 3))
+    assert "3 puzzles of 2 families" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--families=sudoko", "--families: no family 'sudoko'; did you mean 'sudoku'?"),
+        ("--levels=9", "--levels: '9' is none of 1, 2, 3, 4, 5"),
+        ("--out=/no/such/folder", "--out=/no/such/folder: No such file or directory"),
+    ],
+)
+def test_mistakes_in_the_command_are_one_line(argument, message, tmp_path, capsys):
+    assert main([f"--out={tmp_path}/puzzles.jsonl", "--count=3", argument]) != 0
+    assert capsys.readouterr().err == f"error: {message}\n"

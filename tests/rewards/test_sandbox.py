@@ -52,6 +52,22 @@ ATTEMPTS = {  # what each prints as its last line where the sandbox holds
     "disk, many files": (
         "try:\n    for i in range(64): open(f'/tmp/{i}', 'wb').write(bytes(2**20))\nexcept OSError: print('held')"
     ),
+    "disk, what is printed": (
+        "import os, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nheld = 0\n"
+        "for grow in (os.ftruncate, lambda fd, size: os.posix_fallocate(fd, 0, size)):\n"
+        "    try: grow(1, 2**30)\n    except OSError: held += 1\n"
+        "print('held' if held == 2 else held)"
+    ),
+    "message queues": (
+        "import ctypes; libc = ctypes.CDLL(None)\nmade = 0\n"
+        "while made < 99 and libc.mq_open(b'/q%d' % made, 0o102, 0o600, None) >= 0: made += 1\n"
+        "print('held' if made < 50 else made)"
+    ),
+    "not spared when memory is short": (
+        "import os\nfile = os.open('/proc/self/oom_score_adj', os.O_WRONLY)\n"
+        "try: os.write(file, b'-1000')\nexcept OSError: print('held')"
+    ),
+    "not before others": "import os\ntry: os.setpriority(os.PRIO_PROCESS, 0, -10)\nexcept OSError: print('held')",
     "open files": "try:\n    files = [open('/dev/null') for _ in range(99)]\nexcept OSError: print('held')",
     "fork bomb": (
         "import os, time\nmade = 0\n"
@@ -120,15 +136,31 @@ def test_printing_without_end_ends(sandbox):
     assert execution.exit_code != 0
 
 
-def test_what_is_left_behind_ends_with_its_execution(sandbox):
-    sandbox.run([Program("import os, time\nif os.fork() == 0: os.setsid(); time.sleep(12345)")])
-    users = {str(50_000 + i) for i in range(4)}
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives workers users of their own")
+def test_what_is_left_behind_ends_with_its_execution(monkeypatch):
+    isolated()
+    monkeypatch.setattr("lightning_jax.rewards.sandbox.FIRST_UID", 51_000)  # nobody else's here
+    with Sandbox(1, LIMITS) as sandbox:
+        sandbox.run([Program("import os, time\nif os.fork() == 0: os.setsid(); time.sleep(12345)")])
     for _ in range(100):  # the kernel ends them a moment after
-        running = set(subprocess.run(["ps", "-eo", "uid"], capture_output=True, text=True).stdout.split())
-        if not users & running:
+        users = subprocess.run(["ps", "-eo", "uid"], capture_output=True, text=True).stdout.split()
+        if "51000" not in users:
             break
         time.sleep(0.1)
-    assert not users & running
+    assert "51000" not in users
+
+
+def test_a_machine_without_room_for_processes_is_an_infra_error(sandbox, monkeypatch):
+    def full(*_, **__):
+        raise OSError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    files = len(os.listdir("/proc/self/fd"))
+    (program,) = sandbox.run([Program("print(1)")])
+    (tests,) = sandbox.test([FunctionTests("def f(x): return x", "f", "")])
+    assert (program.status, tests.status) == ("infra_error", "infra_error")
+    assert program.stderr == "Resource temporarily unavailable"
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_workers_do_not_take_processes_from_each_other(sandbox):
@@ -205,6 +237,13 @@ def test_an_old_bubblewrap_is_refused(monkeypatch, tmp_path):
     old.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: str(old))
     with pytest.raises(UserError, match=r"bwrap is older than 0\.8"):
+        Sandbox(1)
+
+
+def test_an_old_kernel_is_refused(monkeypatch):
+    isolated()
+    monkeypatch.setattr("platform.release", lambda: "5.10.0-28-amd64")
+    with pytest.raises(UserError, match=r"it needs Linux 5\.14"):
         Sandbox(1)
 
 
