@@ -15,6 +15,7 @@ generated, of which replacing prompts takes more.
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import sys
@@ -34,6 +35,7 @@ from matplotlib import pyplot as plt
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "minimax_m1.py") + ":laptop"
 SAMPLES, ROWS, UPDATES, CONTEXT = 16, 64, 16, 48
+LEAST_START = 0.02  # reward before reinforcement learning, below which hardly any prompt teaches anything
 DYNAMIC = {"rollouts.dynamic_sampling": True, "rollouts.max_refills": 5}
 STATIC = {"rollouts.dynamic_sampling": False, "rollouts.max_refills": 0}
 CLIP = {"policy_gradient.is_weight_max": "none", "policy_gradient.mask_low": 0.2}
@@ -85,7 +87,7 @@ def write_additions(folder: Path, demonstrations: int, prompts: int) -> None:
                 yield a, b
 
     def record(a: int, b: int, answer: int) -> str:
-        turns = [("user", f"{a}+{b}="), ("assistant", str(answer))]
+        turns = [("user", f"{a:02}+{b:02}="), ("assistant", str(answer))]
         messages = [{"role": role, "content": content} for role, content in turns]
         return json.dumps({"messages": messages, "ground_truth": str(a + b)}) + "\n"
 
@@ -205,15 +207,18 @@ def main() -> int:
             folder,
             "sft",
             "sft",
-            stages__sft__passes__count=0.2 if options.quick else 3.0,
+            stages__sft__passes__count=0.2 if options.quick else 10.0,
             stages__sft__schedule__peak=2e-3,
             stages__sft__schedule__final=2e-4,
             stages__sft__mixture__packing="best_fit",
         )
-        curves = {
-            name: [learn(folder, name, seed, generations, options.learning_rate) for seed in range(seeds)]
-            for name in algorithms
-        }
+        curves: dict[str, list[dict[str, list[float]]]] = {name: [] for name in algorithms}
+        for name, seed in itertools.product(algorithms, range(seeds)):
+            curve = learn(folder, name, seed, generations, options.learning_rate)
+            if curve["reward"][0] < LEAST_START and not options.quick:
+                print(f"error: the fine-tuned model is right {curve['reward'][0]:.1%} of the time", file=sys.stderr)
+                return 1
+            curves[name].append(curve)
     lines = ["# Policy gradients where the right token is rare", "", *table(curves)]
     if options.quick:
         print(*lines, sep="\n")

@@ -34,11 +34,12 @@ After pre-training comes sft: on laptop as a stage of the run, about a minute on
 Then reinforcement learning with CISPO (section 3): importance weights capped and no token left out, advantages of
 groups, no divergence from a reference, 16 updates on the rollouts of one policy, DAPO's dynamic sampling and overlong
 penalty, the head in fp32, AdamW (0.9, 0.95) with epsilon 1e-15, and an end to completions after 3,000 tokens in a row
-of a probability above 0.99. On laptop it is the run's last stage, on the word problems. On 456b, on mathematics, it is
-rl_40k, rl_48k, ... rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on to the next where
-entropy no longer falls and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the cap of 5
-(ScaleRL's, arXiv 2510.13786), 16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning rate,
-weight decay, clipping and steps. The paper's other rewards (logic, software, general tasks) are a matter of
+of a probability above 0.99. On laptop it is rl, on the word problems, by --config.run_stages=rl --init_from=FOLDER; a
+model that small has little left to find in them, and a hundred updates move its reward no further than chance. On 456b,
+on mathematics, it is rl_40k, rl_48k, ... rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on
+to the next where entropy no longer falls and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the
+cap of 5 (ScaleRL's, arXiv 2510.13786), 16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning
+rate, weight decay, clipping and steps. The paper's other rewards (logic, software, general tasks) are a matter of
 rewards.weights.
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
@@ -77,7 +78,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         model=_model(size),
         data=recipes.embedded() if laptop else _data(),
         stages=stages | ({"sft": _long_cot()} | _published_reinforcement() if published else {}),
-        run_stages=stages,
+        run_stages=[name for name in stages if name != "rl"],
         laptop=laptop,
         replicate=laptop,
         expert_parallel=32 if published else 1,

@@ -99,6 +99,7 @@ def test_both_stages_learn_what_is_held_out(folder):
     assert config["stages"]["dpo"]["tokens"] > 0
     samples = [json.loads(line) for line in (folder / "whole" / "samples.jsonl").read_text().splitlines()]
     assert "<|assistant|>" in samples[0]["prompt"]
+    assert len({sample["prompt"] for sample in samples if sample["stage"] == "dpo"}) == 3
 
 
 def cut_back(folder, name, whole="whole"):

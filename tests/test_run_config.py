@@ -115,6 +115,19 @@ def test_overrides_are_read_by_the_type_of_their_field():
     assert config.metrics.sample_prompts == ("one", "two")
 
 
+def test_a_section_that_a_config_leaves_out_is_set_field_by_field_and_what_is_missing_told():
+    whole = ["lora.rank=4", "lora.alpha=8", "lora.targets=mixer.output,feed_forward.up"]
+    adapters = load_config(LAPTOP, whole).lora
+    assert (adapters.rank, adapters.alpha, adapters.targets) == (4, 8.0, ("mixer.output", "feed_forward.up"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(LAPTOP, ["lora.rank=4"])
+    assert [line.split(":")[0] for line in caught.value.problems] == ["config.lora.alpha", "config.lora.targets"]
+    with pytest.raises(ConfigError, match=r"did you mean 'mixer\.output'"):
+        load_config(LAPTOP, [*whole, "lora.targets=mixer.outputs"])
+    with pytest.raises(ConfigError, match=r"no layer of this model has mixer\.query; there is mixer\.query_key_value"):
+        load_config(LAPTOP, [*whole, "model.layer_pattern=lightning", "lora.targets=mixer.query"])
+
+
 def test_a_field_missing_in_a_config_file_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step
+from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows
 
 
 class _Scale(nnx.Module):
@@ -54,6 +54,13 @@ def test_accumulated_step_equals_large_batch_for_a_loss_that_is_no_sum(num_micro
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
         np.testing.assert_allclose(metrics["gradient_norm"], metrics_of_parts["gradient_norm"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 6])
+def test_rows_that_micro_batches_computed_are_in_their_places(num_micro_batches):
+    x_RT = jnp.arange(12.0).reshape(6, 2)
+    found = mapped_rows(lambda batch: batch["x"] * 2, {"x": x_RT}, num_micro_batches)
+    np.testing.assert_array_equal(found, 2 * x_RT)
 
 
 def test_micro_batches_cover_every_row_once():
