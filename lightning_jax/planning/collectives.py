@@ -26,6 +26,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\w*\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ENDED = re.compile(r" async-(done|update)\(")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -43,7 +44,9 @@ def sent_by_axes(program: str, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         for line in computations.get(name, ()):
             if operation := _OPERATION.search(line):
                 group, axes = _group(line, mesh)
-                sent[axes] += times * SENT[operation[2]](_size(operation[1], bool(operation[3])), group)
+                sent[axes] += times * SENT[operation[2]](_size(operation), group)
+            if _ENDED.search(line):  # names again what was started
+                continue
             turns = _TURNS.search(line)
             for role, called in _CALLED.findall(line):
                 visit(called, times * (int(turns[1]) if turns and role == "body" else 1))
@@ -68,12 +71,13 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _size(result: str, started: bool) -> int:
-    """Bytes of a result; that of an operation that was only started holds its operands too."""
+def _size(operation: re.Match[str]) -> float:
+    """Bytes of a result; that of an operation that was only started holds its operand too, but for sums."""
+    result, kind, started = operation.groups()
     sizes = [
         _bytes(dtype) * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in _ARRAY.findall(result)
     ]
-    if started and result.startswith("("):
+    if started and kind != "all-reduce" and result.startswith("("):
         return sizes[1]
     return sum(sizes)
 

@@ -1,5 +1,6 @@
 """Slices that are not here, as their compiler describes them."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -36,11 +37,13 @@ def test_a_mesh_whose_axes_are_no_axes_of_the_torus_is_laid_out_on_it():
 @needs_libtpu
 def test_the_step_of_a_small_model_on_a_slice_takes_what_is_estimated():
     slice_ = parse_slice("v5p:2x2x2")
-    config, stage = planned("expert, capacity")
+    config, stage = planned("dense")
+    model = dataclasses.replace(config.model, num_layers=2, compute_dtype="bfloat16", logits_dtype="bfloat16")
+    config = dataclasses.replace(config, model=model)
     compiled = compile_step(config, stage, described_devices(slice_))
     memory = estimate(config, stage, slice_).memory
     assert compiled.arguments == pytest.approx(memory.arguments, rel=0.15)  # in tiles of the hardware's
-    assert compiled.compile_seconds > 0
+    assert compiled.sent
 
 
 @pytest.mark.slow

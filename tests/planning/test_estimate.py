@@ -1,16 +1,20 @@
 """The estimate against the compiler, and against arithmetic by hand."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
-from planned_runs import EIGHT, RUNS, golden, planned
+from planned_runs import EIGHT, ROOT, RUNS, golden, planned
 
 from lightning_jax.config_reader import load_config
+from lightning_jax.parallel import MeshConfig
 from lightning_jax.planning.compiled import compile_step
 from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.hardware import parse_slice
 from lightning_jax.stages import plan_stages
+
+RECORD = ROOT / "benchmarks/results/pod_memory.json"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -20,6 +24,19 @@ def test_estimated_memory_is_the_compilers_within_15_percent(name):
     assert abs(memory.arguments - compiled["arguments"]) <= scalars
     total = compiled["arguments"] + compiled["temporaries"]
     assert memory.total == pytest.approx(total, rel=0.15)
+
+
+def test_the_456b_steps_on_record_are_estimated_within_15_percent():
+    rows = [row for row in json.loads(RECORD.read_text())["rows"] if "temporaries" in row]
+    assert rows
+    for row in rows:
+        stage = row["stage"]
+        config = load_config("configs/minimax_m1.py:456b", [f"run_stages={stage}", *row["overrides"]])
+        axes = dict(part.rsplit(" ", 1) for part in row["mesh"].split(" x "))
+        mesh = MeshConfig.of(**{axis: int(size) for axis, size in axes.items()})
+        config = dataclasses.replace(config, mesh=mesh)
+        total = estimate(config, plan_stages(config)[0], parse_slice(row["slice"])).memory.total
+        assert total == pytest.approx(row["arguments"] + row["temporaries"], rel=0.15), row
 
 
 @pytest.mark.slow
