@@ -8,8 +8,8 @@ solutions to a question of the test split, each right one is paired with a wrong
 of the questions of each is held out by a hash of the question. For every seed three runs: fine-tuning, and from there
 DPO (length-normalised, as in Tulu 3) and a reward model.
 
-Right solutions are shorter than wrong ones, so the table says how often the shorter of two is the right one: what a
-model has to beat to have learned more than length. The reward model's intervals are bootstrapped over questions.
+Of two solutions to a question the longer one is more often right, so the table says how often: what a model has to
+beat to have learned more than length. The reward model's intervals are bootstrapped over questions.
 
 Result: benchmarks/results/gsm8k_preferences.json and .md; about 20 minutes on two cores. `--quick` proves in two that
 it works and writes nothing.
@@ -180,15 +180,15 @@ def interval(shares: np.ndarray) -> tuple[float, float, float]:
     return float(shares.mean()), float(low), float(high)
 
 
-def shorter_is_right(held_out: Sequence[dict[str, Any]]) -> list[float]:
-    """Of each pair whether the shorter solution is the right one; 1/2 where they are equally long."""
+def longer_is_right(held_out: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each pair whether the longer solution is the right one; 1/2 where they are equally long."""
     lengths = [[len(pair[side][-1]["content"]) for side in ("chosen", "rejected")] for pair in held_out]
-    return [(np.sign(rejected - chosen) + 1) / 2 for chosen, rejected in lengths]
+    return [(np.sign(chosen - rejected) + 1) / 2 for chosen, rejected in lengths]
 
 
 def facts(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    baseline = interval(by_question(held_out, shorter_is_right(held_out)))
-    return {"pairs": len(held_out), "shorter_is_right": baseline}
+    baseline = interval(by_question(held_out, longer_is_right(held_out)))
+    return {"pairs": len(held_out), "longer_is_right": baseline}
 
 
 def report(results: Sequence[dict[str, Any]], pairs: Sequence[Any], held_out: Sequence[dict[str, Any]]) -> list[str]:
@@ -217,8 +217,8 @@ def report(results: Sequence[dict[str, Any]], pairs: Sequence[Any], held_out: Se
         *rows,
         "",
         f"Mean over the seeds: DPO accuracy {statistics.mean(accuracies):.1%}; reward model "
-        f"{percent(*interval(np.mean(shares, axis=0)))}. The shorter solution is the right one in "
-        f"{percent(*facts(held_out)['shorter_is_right'])}.",
+        f"{percent(*interval(np.mean(shares, axis=0)))}. The longer solution is the right one in "
+        f"{percent(*facts(held_out)['longer_is_right'])}.",
     ]
 
 
