@@ -129,6 +129,14 @@ def assert_converted(folder, target, direction, tensors):
     assert_equal_bytes(tensors_in(target), tensors)
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """A shell's background jobs are born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def assert_goes_on(folder, direction, tensors, source, target, monkeypatch, capsys):
     """The same command does what is not on record, and only that; how much is."""
     assert not target.exists()
@@ -154,6 +162,7 @@ def test_a_killed_conversion_goes_on_and_is_not_there_until_it_is_whole(tmp_path
     assert 20 < assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys) < 40
 
 
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path, direction, monkeypatch, capsys):
     tensors, source, target = prepared(tmp_path, RELEASED, direction)
@@ -167,6 +176,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path, direction, monkeypatch, 
     assert assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys) == 40
 
 
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, monkeypatch, capsys):
     tensors, source, target = prepared(tmp_path, RELEASED, direction)

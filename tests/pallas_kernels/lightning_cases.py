@@ -103,11 +103,18 @@ def by_jax(case: Case, dtype, *, implementation="xla", chunk_size=None) -> Resul
     return Results(*_run(*arrays, implementation=implementation, chunk_size=chunk_size))
 
 
-def assert_close(actual: Results, expected: Results, tolerance: float):
-    """Every difference is at most `tolerance` times the largest magnitude of the array it occurs in."""
-    for name, x, y in zip(Results._fields, actual, expected, strict=True):
-        difference = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max()
-        assert difference <= tolerance * np.abs(y).max(), f"{name} differs by {difference / np.abs(y).max():.1e}"
+def of_magnitudes(case: Case) -> Results:
+    """The results of the inputs without their signs: how large what adds up to each result is, where it cancels too."""
+    signed = {"log_decay": case.log_decay, "segment_ids": case.segment_ids}
+    return by_loops(Case(**{name: np.abs(x) for name, x in case._asdict().items() if name not in signed}, **signed))
+
+
+def assert_close(actual: Results, expected: Results, tolerance: float, scale: Results | None = None):
+    """Every difference is at most `tolerance` times the largest magnitude of its array in `scale`: in `expected`, or
+    with `of_magnitudes` where an array may have a single element, whose terms may cancel."""
+    for name, x, y, large in zip(Results._fields, actual, expected, scale or expected, strict=True):
+        difference = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max() / np.abs(large).max()
+        assert difference <= tolerance, f"{name} differs by {difference:.1e}"
 
 
 def race_options(interpreter_params: type) -> dict[str, object]:
