@@ -183,7 +183,7 @@ def test_workers_do_not_take_processes_from_each_other(sandbox):
         # All that is open, told that the tests have passed.
         'import os\nfor fd in range(32):\n    try: os.write(fd, b\'{"passed": true, "reason": ""}\\n\')\n'
         "    except OSError: pass",
-        "def f(x): return [None] * 10**7",
+        "def f(x): return [None] * 10**6",
         "def f(x):\n    y = []\n    for _ in range(10**4): y = [y]\n    return y",
         "def f(x): return 10 ** 10**5",
         "f = 2",
