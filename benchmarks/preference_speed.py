@@ -214,8 +214,6 @@ def jax_side(threads: int) -> Answers:
 
 def trl_side(threads: int) -> Answers:
     """TRL's DPOTrainer: its collator, its loss and its reference."""
-    # transformers looks for a package `kernels`, and would find the benchmark of that name.
-    sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
     import datasets
     import torch
     import transformers
@@ -226,14 +224,15 @@ def trl_side(threads: int) -> Answers:
     torch.manual_seed(0)
 
     def build(model: dict[str, Any], reference: str, pairs: int, length: int) -> tuple[int, Step]:
-        # Every id is a word of its own, so that text is what the ids were.
-        words = {str(token): token for token in range(model["vocab_size"])}
-        backend = Tokenizer(models.WordLevel(words, unk_token="0"))
+        # Every id is a word of its own, so that text is what the ids were; with brackets, because the special ones are
+        # looked for inside of words too.
+        words = {f"<{token}>": token for token in range(model["vocab_size"])}
+        backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="1")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<0>", eos_token="<1>")
 
         def text(ids) -> str:
-            return " ".join(map(str, ids))
+            return " ".join(f"<{token}>" for token in ids)
 
         half = length // 2
         records = [
