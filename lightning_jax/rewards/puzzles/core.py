@@ -117,9 +117,22 @@ def reveal_until_unique(
     return given
 
 
-def fixed(domains: Sequence[Sequence[Any]], truth: Sequence[Any], given: set[Cell]) -> list[Sequence[Any]]:
-    """The domains, with the true value alone for the cells given away."""
-    return [[truth[cell]] if cell in given else domain for cell, domain in enumerate(domains)]
+def unique_clues(
+    truth: Sequence[Any],
+    domains: Sequence[Sequence[Any]],
+    groups: Sequence[Sequence[Cell]] = (),
+    check: Check = lambda values, cell: True,
+    *,
+    rng: random.Random,
+    given: Iterable[Cell] = (),
+) -> set[Cell]:
+    """`reveal_until_unique` where the solutions are those of `solutions`."""
+
+    def solve(given: set[Cell]) -> Iterator[list[Any]]:
+        known = [[truth[cell]] if cell in given else domain for cell, domain in enumerate(domains)]
+        return solutions(known, groups, check)
+
+    return reveal_until_unique(truth, set(given), solve, rng)
 
 
 def lines_of(width: int, height: int) -> list[list[Cell]]:

@@ -9,15 +9,14 @@ from lightning_jax.rewards.puzzles.core import (
     MARKED_GRID,
     Cell,
     Made,
-    fixed,
     hide,
     lines_of,
     marks_possible,
     matches_given,
     read_marks,
-    reveal_until_unique,
     show_marks,
     solutions,
+    unique_clues,
 )
 
 
@@ -35,9 +34,7 @@ def make_kakurasu(rng: random.Random, size: int) -> Made:
                     return False
         return True
 
-    given = reveal_until_unique(
-        truth, set(), lambda g: solutions(fixed([(0, 1)] * size**2, truth, g), check=check), rng
-    )
+    given = unique_clues(truth, [(0, 1)] * size**2, check=check, rng=rng)
     question = (
         "Mark cells so that the sums are right: a marked cell counts its column's number (1 for the first) in "
         f"its row, and its row's number in its column. Sums of the rows: {sums[:size]}; of the columns: "
@@ -71,9 +68,7 @@ def make_nonogram(rng: random.Random, size: int) -> Made:
                     return False
         return True
 
-    given = reveal_until_unique(
-        truth, set(), lambda g: solutions(fixed([(0, 1)] * size**2, truth, g), check=check), rng
-    )
+    given = unique_clues(truth, [(0, 1)] * size**2, check=check, rng=rng)
     question = (
         "Solve this nonogram: the numbers of a line are the lengths of its blocks of marked cells, in order, "
         f"with at least one other cell between blocks. Rows: {runs[:size]}; columns: "
@@ -104,8 +99,7 @@ def make_binairo(rng: random.Random, size: int, clues: int) -> Made:
         return all(_balanced([values[each] for each in line]) for line in lines if cell in line)
 
     truth = next(solutions(domains, check=check, rng=rng))
-    start = set(rng.sample(range(size**2), clues))
-    given = reveal_until_unique(truth, start, lambda g: solutions(fixed(domains, truth, g), check=check), rng)
+    given = unique_clues(truth, domains, check=check, rng=rng, given=rng.sample(range(size**2), clues))
     question = (
         f"Fill this grid so that each row and each column has {size // 2} marked cells, and never three marked or "
         f"three other cells side by side.\n\n{show_marks(hide(truth, given), size)}"

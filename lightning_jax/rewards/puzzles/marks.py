@@ -9,17 +9,16 @@ from lightning_jax.rewards.puzzles.core import (
     MARKED_GRID,
     Cell,
     Made,
-    fixed,
     hide,
     lines_of,
     marks_possible,
     matches_given,
     neighbours,
     read_marks,
-    reveal_until_unique,
     show,
     show_marks,
     solutions,
+    unique_clues,
 )
 
 
@@ -102,7 +101,7 @@ def make_campsite(rng: random.Random, size: int, tents: int) -> Made:
             return False
         return None in values or _matched(sorted(trees), {each for each in cells if values[each]}, beside)
 
-    given = reveal_until_unique(truth, set(), lambda g: solutions(fixed(domains, truth, g), check=check), rng)
+    given = unique_clues(truth, domains, check=check, rng=rng)
     shown = ["T" if cell in trees else ".X"[truth[cell]] if cell in given else None for cell in cells]
     question = (
         "Put up tents (X) on this campsite. Each tree (T) has a tent of its own, beside it in its row or column; "
@@ -145,9 +144,7 @@ def make_star_placement(rng: random.Random, size: int) -> Made:
             return False
         return all(marks_possible(values, group, 1) for group in groups if cell in group)
 
-    given = reveal_until_unique(
-        truth, set(), lambda g: solutions(fixed([(0, 1)] * size**2, truth, g), check=check), rng
-    )
+    given = unique_clues(truth, [(0, 1)] * size**2, check=check, rng=rng)
     question = (
         "Place stars so that each row, each column and each region (cells of one letter) has exactly one, and no "
         f"two touch, not even diagonally.\n\n{show([chr(65 + each) for each in region if each is not None], size)}\n\n"

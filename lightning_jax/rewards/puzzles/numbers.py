@@ -12,7 +12,6 @@ from typing import Any
 from lightning_jax.rewards.puzzles.core import (
     Cell,
     Made,
-    fixed,
     hide,
     lines_of,
     matches_given,
@@ -22,7 +21,7 @@ from lightning_jax.rewards.puzzles.core import (
     read_pairs,
     reveal_until_unique,
     show,
-    solutions,
+    unique_clues,
 )
 
 OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -156,9 +155,7 @@ def make_cryptarithm(rng: random.Random, digits: int) -> Made:
 
     domains = [range(1 if cell in leading else 0, 10) for cell in range(len(order))]
     values = [truth[letter] for letter in order]
-    given = reveal_until_unique(
-        values, set(), lambda g: solutions(fixed(domains, values, g), [range(len(order))], check), rng
-    )
+    given = unique_clues(values, domains, [range(len(order))], check, rng=rng)
     known = {order[cell]: values[cell] for cell in sorted(given)}
     question = (
         "Each letter is a digit, different letters are different digits, and no number begins with 0: "
@@ -200,10 +197,8 @@ def make_survo(rng: random.Random, width: int, height: int, clues: int) -> Made:
                 return False
         return True
 
-    def solve(given: set[Cell]) -> Iterator[list[int]]:
-        return solutions(fixed([range(1, count + 1)] * count, truth, given), [range(count)], check)
-
-    given = hide(truth, reveal_until_unique(truth, set(rng.sample(range(count), clues)), solve, rng))
+    domains, start = [range(1, count + 1)] * count, rng.sample(range(count), clues)
+    given = hide(truth, unique_clues(truth, domains, [range(count)], check, rng=rng, given=start))
     question = (
         f"Fill in the numbers 1 to {count}, each once, so that the rows sum to {sums[:height]} and the columns to "
         f"{sums[height:]}.\n\n{show(given, width)}"

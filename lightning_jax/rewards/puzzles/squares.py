@@ -3,21 +3,20 @@
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_jax.rewards.puzzles.core import (
     Cell,
     Made,
-    fixed,
     hide,
     lines_of,
     matches_given,
     neighbours,
     read_integer_grid,
-    reveal_until_unique,
     show,
     solutions,
+    unique_clues,
 )
 
 FORM = "the full grid, one line for each row, numbers separated by spaces"
@@ -45,8 +44,8 @@ def make_sudoku(rng: random.Random, height: int, width: int, clues: int) -> Made
     truth = _latin(size, rng, boxes)
     groups = [*lines_of(size, size), *boxes]
     domains = [range(1, size + 1)] * size**2
-    start = set(rng.sample(range(size**2), clues))
-    given = hide(truth, reveal_until_unique(truth, start, lambda g: solutions(fixed(domains, truth, g), groups), rng))
+    start = rng.sample(range(size**2), clues)
+    given = hide(truth, unique_clues(truth, domains, groups, rng=rng, given=start))
     question = (
         f"Solve this sudoku: each row, each column and each box of {height} rows and {width} columns has the "
         f"numbers 1 to {size} once.\n\n{show(given, size)}"
@@ -71,10 +70,7 @@ def make_futoshiki(rng: random.Random, size: int, signs: int) -> Made:
     def check(values: list, cell: Cell) -> bool:
         return all(values[a] is None or values[b] is None or values[a] < values[b] for a, b in less if cell in (a, b))
 
-    def solve(given: set[Cell]) -> Iterator[list[int]]:
-        return solutions(fixed(domains, truth, given), lines_of(size, size), check)
-
-    given = hide(truth, reveal_until_unique(truth, set(), solve, rng))
+    given = hide(truth, unique_clues(truth, domains, lines_of(size, size), check, rng=rng))
 
     def place(cell: Cell) -> str:
         return f"row {cell // size + 1} column {cell % size + 1}"
@@ -118,10 +114,8 @@ def make_skyscrapers(rng: random.Random, size: int, clues: int) -> Made:
                 return False
         return True
 
-    def solve(given: set[Cell]) -> Iterator[list[int]]:
-        return solutions(fixed([range(1, size + 1)] * size**2, truth, given), lines_of(size, size), check)
-
-    given = hide(truth, reveal_until_unique(truth, set(), solve, rng))
+    domains = [range(1, size + 1)] * size**2
+    given = hide(truth, unique_clues(truth, domains, lines_of(size, size), check, rng=rng))
     sides = ("left of each row", "right of each row", "top of each column", "bottom of each column")
     views_text = "\n".join(
         f"from the {side}: {show(seen[i * size : (i + 1) * size], size)}" for i, side in enumerate(sides)
@@ -184,10 +178,8 @@ def make_calcudoku(rng: random.Random, size: int) -> Made:
         numbers = [values[each] for each in cells]
         return None in numbers or _result(operation, numbers) == result
 
-    def solve(given: set[Cell]) -> Iterator[list[int]]:
-        return solutions(fixed([range(1, size + 1)] * size**2, truth, given), lines_of(size, size), check)
-
-    given = hide(truth, reveal_until_unique(truth, set(), solve, rng))
+    domains = [range(1, size + 1)] * size**2
+    given = hide(truth, unique_clues(truth, domains, lines_of(size, size), check, rng=rng))
     names = [next(chr(65 + i) for i, cage in enumerate(cages) if cell in cage[2]) for cell in range(size**2)]
     cages_text = "\n".join(f"{chr(65 + i)}: {result} by {operation}" for i, (operation, result, _) in enumerate(cages))
     question = (
