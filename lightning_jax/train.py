@@ -220,14 +220,15 @@ class Trainer:
         unreported: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.closing(data):
             for step in range(first_step, stage.last_step):
-                rows = stage.batch_sizes.rows(step - stage.first_step)
+                in_stage = step - stage.first_step
+                rows, needs_params = stage.batch_sizes.rows(in_stage), data.needs_params(in_stage)
                 self._step = step + 1
                 self.hosts.at(step + 1, "reading its batch")
-                if data.needs_params(step - stage.first_step) and unreported:
+                if needs_params and unreported:
                     self._report(stage, data, *unreported)
                     unreported = None
-                with self.timer.pause() if data.needs_params(step - stage.first_step) else contextlib.nullcontext():
-                    batch = data.batch(step - stage.first_step, state.params)
+                with self.timer.pause() if needs_params else contextlib.nullcontext():
+                    batch = data.batch(in_stage, state.params)
                 compiling = rows not in train_steps
                 self.hosts.at(step + 1, "compiling" if compiling else "beginning the step")
                 if compiling:
