@@ -13,7 +13,7 @@ import jax
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
-from lightning_jax.hosts import MISTAKE, RESTART, STOPPED, HostsError
+from lightning_jax.hosts import MISTAKE, RESTART, STOPPED, Hosts, HostsError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES
 
@@ -52,6 +52,8 @@ def finish(command: Callable[[], int], *, stopped: str) -> int:
         return command()
     except UserError as error:
         return _tell(str(error).splitlines())
+    except HostsError as error:
+        return _tell([str(error)], RESTART)
     except KeyboardInterrupt:
         say(stopped)
         return STOPPED
@@ -127,13 +129,14 @@ def run_command_in(
     except UserError as error:
         return _tell(str(error).splitlines())
     except HostsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return RESTART
+        return _tell([str(error)], RESTART)
 
 
-def mesh_option(text: str, problems: list[str]) -> MeshConfig | None:
+def mesh_option(text: str, hosts: Hosts, problems: list[str]) -> MeshConfig | None:
     """The mesh that `--mesh=data=2,tensor=4` describes, None for an empty text; adds what is wrong to `problems`."""
     if not text:
+        if hosts.count > 1:
+            problems.append(f"--mesh: it must say how {hosts.count} hosts share the model, as --mesh=fsdp=-1 does")
         return None
     axes = dict(part.partition("=")[::2] for part in text.split(","))
     known = [axis for axis in AXES if axis != "sequence"]  # these commands generate, a token after the other
@@ -165,7 +168,7 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(problems: Sequence[str]) -> int:
+def _tell(problems: Sequence[str], code: int = MISTAKE) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return MISTAKE
+    return code

@@ -93,9 +93,10 @@ def make_train_step(
         gradient_norm = optax.tree.norm(gradients)
         finite = is_finite(value, gradient_norm)
         step_of_stage = state.step - first_step
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=step_of_stage)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, step=step_of_stage, finite=finite
+        )
+        params = where_finite(finite, optax.apply_updates(state.params, updates), state.params)
         skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
         metrics = metrics | {
             "gradient_norm": gradient_norm,
