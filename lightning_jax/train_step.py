@@ -78,7 +78,8 @@ def make_train_step(
 
     `frozen` is what of the model is not in `state.params`, and so is not trained.
 
-    `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported.
+    `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported. The optimizer is
+    given `finite` too, and leaves its state alone where that is false, as those of `build_optimizer` do.
 
     `batch` holds arrays [R, T]. Where the loss or a gradient is not finite the update is skipped before it touches
     parameters or moments; the step still counts, so that the data go on.
