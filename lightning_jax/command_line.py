@@ -21,6 +21,8 @@ NO_READER = 141  # what shells expect of a command whose reader had enough
 
 THREADS_PER_VIRTUAL_DEVICE = 4
 
+GENERATION_AXES = tuple(axis for axis in AXES if axis != "sequence")  # it goes on a token after the other
+
 Context = TypeVar("Context")
 
 
@@ -132,6 +134,13 @@ def run_command_in(
         return _tell([str(error)], RESTART)
 
 
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """Of a command that generates."""
+    parser.add_argument(
+        "--mesh", default="", metavar="AXIS=DEVICES,...", help=f"{', '.join(GENERATION_AXES)}; one may be -1"
+    )
+
+
 def mesh_option(text: str, hosts: Hosts, problems: list[str]) -> MeshConfig | None:
     """The mesh that `--mesh=data=2,tensor=4` describes, None for an empty text; adds what is wrong to `problems`."""
     if not text:
@@ -139,9 +148,8 @@ def mesh_option(text: str, hosts: Hosts, problems: list[str]) -> MeshConfig | No
             problems.append(f"--mesh: it must say how {hosts.count} hosts share the model, as --mesh=fsdp=-1 does")
         return None
     axes = dict(part.partition("=")[::2] for part in text.split(","))
-    known = [axis for axis in AXES if axis != "sequence"]  # these commands generate, a token after the other
-    if not set(axes) <= set(known) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
-        problems.append(f"--mesh={text}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
+    if not set(axes) <= set(GENERATION_AXES) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
+        problems.append(f"--mesh={text}: not of the form data=2,tensor=4; axes: {', '.join(GENERATION_AXES)}")
         return None
     mesh = MeshConfig.of(**{axis: int(size) for axis, size in axes.items()})
     problems += [f"--mesh: {problem}" for problem in mesh.problems()]

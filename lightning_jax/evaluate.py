@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.command_line import Parser, finish, mesh_option, say, show
+from lightning_jax.command_line import Parser, add_mesh_option, finish, mesh_option, say, show
 from lightning_jax.config import nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.evaluation import (
@@ -55,12 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--context_length", type=int, metavar="TOKENS", help="instead of the one that the model was trained on")
     add("--batch_tokens", type=int, default=16_384, help="computed at one time")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="instead of the model's own")
-    add(
-        "--mesh",
-        default="",
-        metavar="AXIS=DEVICES,...",
-        help="data, fsdp, expert, expert_tensor, tensor; one may be -1",
-    )
+    add_mesh_option(parser)
     group = parser.add_argument_group("perplexity").add_argument
     group("--corpus", action="append", default=[], metavar="NAME=PATH[:FIELD]", help="JSON lines, or one text")
     group("--layout", choices=("documents", "windows"), default="documents", help="apart, or all in one sequence")

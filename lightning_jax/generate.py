@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import jax
 
 from lightning_jax import parallel
-from lightning_jax.command_line import Parser, finish, mesh_option, say, show
+from lightning_jax.command_line import Parser, add_mesh_option, finish, mesh_option, say, show
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, Speed
 from lightning_jax.hosts import STOPPED, Hosts, add_arguments, join, options_in_common, run_facts
@@ -55,12 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=int, default=8, help="sequences generated together")
     add("--capacity", type=int, help="most tokens of prompt and completion; what the longest needs if not given")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="instead of the model's own")
-    add(
-        "--mesh",
-        default="",
-        metavar="AXIS=DEVICES,...",
-        help="data, fsdp, expert, expert_tensor, tensor; one may be -1",
-    )
+    add_mesh_option(parser)
     add("--out", type=pathlib.Path, metavar="FILE.jsonl", help="write completions there")
     add("--log_probs", action="store_true", help="with --out: token ids and their log-probabilities too")
     add_arguments(parser)
