@@ -79,7 +79,7 @@ class Programs:
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
         if self._moments_on_host:
-            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state)
+            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
             self._shardings = self._shardings._replace(opt_state=on_host)
         self.abstract_state = jax.tree.map(
             lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings

@@ -149,7 +149,9 @@ def _gather(weight: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
 
 
 def _gather_forward(weight, axis, dtype):
-    return _gather(weight, axis, dtype), jnp.zeros((), weight.dtype)
+    # Not by calling _gather, inside which a policy of rematerialisation sees nothing.
+    gathered = jax.lax.all_gather(weight.astype(dtype), EMBED, axis=axis, tiled=True)
+    return gathered, jnp.zeros((), weight.dtype)
 
 
 def _gather_backward(axis, dtype, like, gradient):

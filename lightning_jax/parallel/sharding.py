@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lightning_jax.errors import UserError
 from lightning_jax.models.operators import LogicalAxes
 
+HOST_MEMORY = "pinned_host"  # as JAX calls it
+
 
 class ShardingError(UserError):
     """An array that cannot be split as the rules say."""
@@ -125,11 +127,22 @@ def abstract(tree: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     )
 
 
-def on_host(shardings: Any, shapes: Any) -> Any:
-    """The same shardings for arrays in the host's memory; scalars stay on the devices."""
+def on_host(shardings: Any, shapes: Any, mesh: Mesh) -> Any:
+    """The same shardings for arrays in the host's memory; scalars stay on the devices.
+
+    Raises:
+        ShardingError: the platform, or this version of JAX on it, has no such memory.
+    """
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if HOST_MEMORY not in kinds:
+        raise ShardingError(
+            f"mesh.moments: with jax {jax.__version__} {device.device_kind} does not reach its host's memory "
+            f"({HOST_MEMORY}), only {', '.join(sorted(kinds))}; use device"
+        )
 
     def place(sharding: NamedSharding, shape: jax.ShapeDtypeStruct) -> NamedSharding:
-        return sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
+        return sharding.with_memory_kind(HOST_MEMORY) if shape.ndim else sharding
 
     return jax.tree.map(place, shardings, shapes)
 

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from lightning_jax import parallel
+from lightning_jax.errors import UserError
 from lightning_jax.optimizers import OptimizerConfig, build_optimizer
 from lightning_jax.planning.compiled import described_devices
 from lightning_jax.planning.hardware import parse_slice
@@ -41,7 +44,7 @@ def optimizer(place, config=CONFIG):
 
 def shardings(place, shapes, mesh):
     found = parallel.shardings(shapes, mesh)
-    return (found[0], parallel.on_host(found[1], shapes[1]) if place == "host" else found[1])
+    return (found[0], parallel.on_host(found[1], shapes[1], mesh) if place == "host" else found[1])
 
 
 def step(place, params, state, gradients, finite=True):
@@ -85,6 +88,16 @@ def test_compiled_the_moments_come_from_the_host_and_go_back_unless_the_step_is_
         assert kinds == {"pinned_host" if place == "host" else "device"}
     for expected, found in zip(*map(jax.tree.leaves, results.values()), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_platform_that_does_not_reach_its_host_is_refused_in_a_line():
+    device = SimpleNamespace(
+        device_kind="Chip v1", addressable_memories=lambda: [SimpleNamespace(kind=kind) for kind in ("hbm", "device")]
+    )
+    mesh = SimpleNamespace(devices=np.array([device]))
+    message = rf"^mesh\.moments: with jax {re.escape(jax.__version__)} Chip v1 does not reach its host's memory "
+    with pytest.raises(UserError, match=message + r"\(pinned_host\), only device, hbm; use device$"):
+        parallel.on_host({}, {}, mesh)
 
 
 @pytest.mark.slow

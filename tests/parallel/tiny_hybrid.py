@@ -144,9 +144,12 @@ def loss_and_gradients(
 
 
 def collectives(program: str) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes that each kind of collective of a compiled program produces."""
+    """The shapes that each kind of collective of a compiled program produces, where it has more than one device."""
     shapes = collections.defaultdict(list)
-    for results, kind in re.findall(rf"= (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
+    operation = rf"= (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)"
+    for results, kind, rest in re.findall(operation, program):
+        if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", rest):
+            continue
         for dimensions in re.findall(r"\w+\[([\d,]*)\]", results):
             shapes[kind].append(tuple(int(size) for size in dimensions.split(",") if size))
     return dict(shapes)
