@@ -177,11 +177,11 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path, direction, monkeypatch, 
 
 
 @pytest.mark.usefixtures("_heeds_ctrl_c")
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, monkeypatch, capsys):
+@pytest.mark.parametrize(("direction", "then"), [("import", "copy_texts"), ("export", "write_texts")])
+def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, then, monkeypatch, capsys):
     tensors, source, target = prepared(tmp_path, RELEASED, direction)
     with monkeypatch.context() as patch:
-        patch.setattr(import_export, "copy_texts", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(import_export, then, lambda *_: signal.raise_signal(signal.SIGINT))
         assert run(source, target) == 130
     recorded = assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys)
     assert recorded == len(tensors)
