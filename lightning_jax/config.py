@@ -37,12 +37,15 @@ class PassesConfig:
     """The length of a stage in passes over its corpora: its tokens and its schedule's steps follow from the data."""
 
     count: float
-    warmup_share: float  # of the steps; a schedule that falls does so over all the others
+    warmup_share: float  # of the steps
+    decay_share: float  # of the steps, the last of them: where "wsd" falls; 1 for all that are not warm-up
 
     def problems(self) -> list[str]:
         found = [] if self.count > 0 else [f"count: {self.count} is not positive"]
         if not 0 <= self.warmup_share < 1:
             found.append(f"warmup_share: {self.warmup_share} is not in [0, 1)")
+        if not 0 < self.decay_share <= 1:
+            found.append(f"decay_share: {self.decay_share} is not in (0, 1]")
         return found
 
 
@@ -103,8 +106,13 @@ class StageConfig:
         if self.reinforcement is None or self.context_length < 1:
             return []
         found, rollouts = [], self.reinforcement.rollouts
-        if self.mixture.packing != "one_per_row":
-            found.append('mixture.packing: a row holds one completion with its prompt; "one_per_row"')
+        if self.mixture.packing == "split":
+            found.append('mixture.packing: "split" would cut completions; "best_fit" or "one_per_row"')
+        if self.mixture.packing == "best_fit" and rollouts.mode == "exact":
+            found.append(
+                'mixture.packing: with reinforcement.rollouts.mode "exact" each completion is trained on in a row of '
+                'its own, as it was drawn; "one_per_row"'
+            )
         if self.passes:
             found.append("passes: how many prompts a stage needs is not known before; give it tokens")
         if len(self.batch_size.tokens) > 1:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
+from lightning_jax.generation.exact import drawn_tokens
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.models import HybridLM, RewardModel, lora
 from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
@@ -137,10 +138,17 @@ class Programs:
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
-    def by_rows(
-        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], params: nnx.State, rows: HostBatch
-    ) -> np.ndarray:
-        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
+    def draw_step(self, stage: Stage) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+        """(weights, batch) -> at every place the token [B, T] that the training forward draws, its log-probability."""
+        given = {"temperature": stage.config.reinforcement.rollouts.temperature, "rope_theta": stage.config.rope_theta}
+
+        def draws(weights: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return drawn_tokens(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)
+
+        return jax.jit(draws, out_shardings=self._rows)
+
+    def by_rows(self, stage: Stage, step: Callable[[nnx.State, Batch], Any], params: nnx.State, rows: HostBatch) -> Any:
+        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and results."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
         share = count // self.host.count
         results = []
@@ -149,8 +157,8 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(np.asarray(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True)))
-        return np.concatenate(results)[:num_rows]
+            results.append(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
         """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
