@@ -88,9 +88,9 @@ def test_parameters_name_their_logical_axes():
     axes = {path[-1]: variable.get_metadata("logical_axes") for path, variable in nnx.to_flat_state(nnx.state(moe))}
     assert axes == {
         "router": ("embed", None),
-        "gate": ("experts", "expert_embed", "mlp"),
-        "up": ("experts", "expert_embed", "mlp"),
-        "down": ("experts", "mlp", "expert_embed"),
+        "gate": ("experts", "expert_embed", "expert_mlp"),
+        "up": ("experts", "expert_embed", "expert_mlp"),
+        "down": ("experts", "expert_mlp", "expert_embed"),
     }
 
 

@@ -57,6 +57,13 @@ def test_capacity_drops_and_computes_the_same_on_every_layout(layout):
 
 
 @pytest.mark.slow
+def test_gradients_added_up_in_a_dtype_of_their_own_are_those_of_one_device():
+    alone = loss_and_gradients(ONE_DEVICE, "auto", "float64", packed=False)
+    split = loss_and_gradients((1, 2, 1, 1, 2, 2), "auto", "float64", gradient_dtype="float32")  # at least
+    assert_same(split, alone, 1e-10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "dispatch"), [(FAST_LAYOUT, "ragged"), ((2, 2, 2, 1), "capacity")])
 def test_float32_layouts_agree_to_rounding(layout, dispatch):
     one_device = loss_and_gradients(ONE_DEVICE, dispatch, "float32")
