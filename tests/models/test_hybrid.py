@@ -56,7 +56,7 @@ def test_scanned_layers_equal_the_same_layers_one_by_one():
 
 
 def test_every_parameter_names_the_axes_behind_its_layers():
-    known = {"vocab", "embed", "expert_embed", "heads", "kv_heads", "mlp", "experts", None}
+    known = {"vocab", "embed", "expert_embed", "heads", "kv_heads", "mlp", "expert_mlp", "experts", None}
     for config in (TINY, dataclasses.replace(TINY, num_experts=4, experts_per_token=2)):
         state = nnx.state(HybridLM(config, rngs=nnx.Rngs(0)), nnx.Param)
         for path, parameter in nnx.to_flat_state(state):
