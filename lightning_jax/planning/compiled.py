@@ -5,12 +5,14 @@ compiled for as many virtual devices of the CPU, whose buffers are laid out alik
 are compiled for their devices only where JAX runs on such; here it is their counterparts in XLA.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -49,6 +51,16 @@ class Compiled:
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process: the compiler would let Python hear of it only when it is done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lower(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
@@ -108,16 +120,20 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
         try:
             jax.config.update("jax_num_cpu_devices", target.num_devices)
         except RuntimeError as error:  # JAX has looked for its devices, to choose a size
-            raise UserError(f"--devices={target.topology}: name the size: --config=FILE.py:SIZE") from error
+            raise UserError(f"--devices={target.name}: name the size: --config=FILE.py:SIZE") from error
         return jax.devices("cpu")
     if target.chip.platform == "gpu":
         return _described_gpus(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--compile: for {target.chip.name} it needs: pip install libtpu; leave --compile away, or use cpu:N"
+        )
     try:
-        return topologies.get_topology_desc(target.topology, platform="tpu").devices
+        return topologies.get_topology_desc(target.topology, platform="tpu", num_slices=target.num_slices).devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--compile: {str(error).splitlines()[0]}; it needs: pip install libtpu") from error
+        raise UserError(f"--compile: libtpu knows no {target.name}: {str(error).splitlines()[0]}") from error
 
 
 def _described_gpus(target: Slice) -> Sequence[jax.Device]:
