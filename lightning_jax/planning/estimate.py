@@ -86,7 +86,16 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
     device_rows = rows // parts // shards
     device_tokens = device_rows * context // sizes["sequence"]
     held = held_by_device(config, stage, mesh)
-    memory = memory_of_step(model, sizes, held, rows=device_rows, context=context, parts=parts)
+    memory = memory_of_step(
+        model,
+        config.mesh,
+        sizes,
+        held,
+        rows=device_rows,
+        context=context,
+        parts=parts,
+        copies_slices=target.chip.platform != "cpu",
+    )
     tokens = rows * context
     model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
     forwards = 1 if parts == 1 else 2

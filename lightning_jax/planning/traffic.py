@@ -69,13 +69,14 @@ def sent_in_step(
     """What a device sends, by the mesh axes along which it goes.
 
     Args:
-        mesh: for how keys and values travel.
+        mesh: for how keys and values travel, and in which dtype gradients are added up.
         sizes: of the mesh axes.
         rows, tokens: of a micro-batch on one device.
         parts: micro-batches.
         forwards: passes over the layers of each of them, besides the backward one.
     """
     width, D = BYTES[model.compute_dtype], model.hidden_size
+    added_up = width if mesh.gradient_dtype == "compute" else 4
     sent: dict[tuple[str, ...], Sent] = {}
 
     def add(kind: str, axes: tuple[str, ...], result: float, times: float) -> None:
@@ -89,19 +90,23 @@ def sent_in_step(
         # The gradient is scattered, and summed over replicas.
         devices = math.prod(sizes[axis] for axis in axes)
         add("all-gather", axes, width * elements, gathers * parts)
-        add("reduce-scatter", axes, width * trained / devices, parts)
-        add("all-reduce", ("data",), width * trained / devices, parts)
+        add("reduce-scatter", axes, added_up * trained / devices, parts)
+        add("all-reduce", ("data",), added_up * trained / devices, parts)
 
     for axes, elements in held.gathered.items():
         # Where no pass is made again, the backward one gathers all the same.
         add_weights(axes, elements, held.gathered_trained[axes], max(forwards, 2))
     add_weights(DENSE, held.ends, held.ends_trained, 1 if parts == 1 else 2)
     in_layers = parts * model.num_layers * (forwards + 1)
+    places = expert_copies(model) * tokens * D * width
     if model.num_experts and model.expert_dispatch == "capacity":
-        add("all-to-all", ("expert",), expert_copies(model) * tokens * D * width, 2 * in_layers)
+        add("all-to-all", ("expert",), places, 2 * in_layers)
+        add("all-gather", ("expert_tensor",), sizes["expert_tensor"] * places, in_layers)
+        add("reduce-scatter", ("expert_tensor",), places, in_layers)
     elif model.num_experts:
-        add("all-gather", ("expert",), sizes["expert"] * tokens * D * width, in_layers)
-        add("reduce-scatter", ("expert",), tokens * D * width, in_layers)
+        axes = ("expert", "expert_tensor")
+        add("all-gather", axes, sizes["expert"] * sizes["expert_tensor"] * tokens * D * width, in_layers)
+        add("reduce-scatter", axes, tokens * D * width, in_layers)
     # A sum of the mixer's and of the feed-forward's output in each pass that computes them, and of their gradients.
     add("all-reduce", ("tensor",), tokens * D * width, 2 * in_layers)
     heads, kv_heads = model.num_heads / sizes["tensor"], model.num_kv_heads / sizes["tensor"]
