@@ -31,7 +31,7 @@ _SHARDED_IN_A_NODE_OF_4 = {"a100_40g": MeshConfig.of(data=-1, fsdp=4)}  # arXiv 
 _ROWS_OF_8K = {  # for the stages of 8K; ours, since the paper does not say how many GPUs share what
     "v5p": MeshConfig.of(fsdp=-1, expert=32),
     "tpu7x": MeshConfig.of(fsdp=-1, expert=32),
-    "v6e": MeshConfig.of(fsdp=-1, expert=32, tensor=4),  # two slices, or weights and moments in bfloat16
+    "v6e": MeshConfig.of(fsdp=-1, expert=32, tensor=8),  # two slices, or weights and moments in bfloat16
     "h800": MeshConfig.of(data=-1, fsdp=8, expert=32),
 }
 PRESETS = {
