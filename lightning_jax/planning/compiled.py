@@ -133,7 +133,10 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(target.topology, platform="tpu", num_slices=target.num_slices).devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--compile: libtpu knows no {target.name}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--compile: libtpu has no {target.name}, {str(error).splitlines()[0]}; give one of the shapes in "
+            f"docs.cloud.google.com/tpu/docs/{target.chip.name}"
+        ) from error
 
 
 def _described_gpus(target: Slice) -> Sequence[jax.Device]:
