@@ -7,11 +7,13 @@ python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --generation --
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.metrics.formatting import count, scientific
 from lightning_jax.optimizers import learning_rate
-from lightning_jax.planning.compiled import compile_step, described_devices, stopped_by_ctrl_c
+from lightning_jax.planning.compiled import compile_step, described_devices
 from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.generation_flops import (
     DEEPSEEK_R1,
@@ -120,9 +122,7 @@ def _plan_on_devices(
         show("\n".join(lines), end="\n\n")
         if options.compile:
             say(f"compiling {stage.name} for {target.name}; minutes for large models, Ctrl-C stops it")
-            with stopped_by_ctrl_c():
-                compiled = compile_step(config, stage, devices)
-            show("\n".join(compiled_lines(plan, compiled)), end="\n\n")
+            show("\n".join(compiled_lines(plan, compile_step(config, stage, devices))), end="\n\n")
     total = total_line(chosen, plans, assumed)
     if len(plans) > 1:
         show(total)
@@ -136,6 +136,16 @@ def _price(dollars: float | None, target: Slice) -> Price | None:
     if not dollars > 0:
         raise UserError(f"--dollars_per_chip_hour={dollars:g}: not a price")
     return Price(dollars, "--dollars_per_chip_hour")
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process: a compiler would let Python hear of it only when it is done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"--out={options.out}: {str(error).splitlines()[0]}") from error
         return 0
 
-    return run_command(parser, command, arguments)
+    with _ended_by_ctrl_c():
+        return run_command(parser, command, arguments)
 
 
 if __name__ == "__main__":

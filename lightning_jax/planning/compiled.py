@@ -5,14 +5,12 @@ compiled for as many virtual devices of the CPU, whose buffers are laid out alik
 are compiled for their devices only where JAX runs on such; here it is their counterparts in XLA.
 """
 
-import contextlib
 import importlib.util
 import math
 import os
 import re
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -51,16 +49,6 @@ class Compiled:
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries
-
-
-@contextlib.contextmanager
-def stopped_by_ctrl_c() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process: the compiler would let Python hear of it only when it is done."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def lower(config: RunConfig, stage: Stage, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
