@@ -156,7 +156,7 @@ def plot_plan(plans: Sequence[Estimate], names: Sequence[str], title: str, path:
     device sends over each mesh axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 2.5 + 0.5 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(12, 3 + 0.5 * len(plans)), layout="constrained")
     memory, seconds, sent = figure.subplots(1, 3)
     left = [0.0] * len(plans)
     for kind, label in KINDS.items():
@@ -171,7 +171,7 @@ def plot_plan(plans: Sequence[Estimate], names: Sequence[str], title: str, path:
     sent.set_xlabel("GiB that a device sends in a step")
     for axes in (memory, seconds, sent):
         axes.invert_yaxis()
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4)
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)
 
