@@ -173,7 +173,7 @@ def plot_plan(plans: Sequence[Estimate], names: Sequence[str], title: str, path:
         axes.invert_yaxis()
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4)
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _grouped_bars(axes: Any, groups: Sequence[Mapping[str, float]]) -> None:
