@@ -2,18 +2,22 @@
 
 python -m lightning_jax.plan --config=configs/minimax_text_01.py:456b --schedule --out=schedule.png
 python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --devices=v5p:8x8x8 --out=plan.png
+python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --devices=2xv5p:8x8x8 --mesh=auto
 python -m lightning_jax.plan --config=configs/minimax_m1.py:456b --generation --out=flops.png
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import pathlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lightning_jax.command_line import run_command
+from lightning_jax.command_line import run_command, say, show
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.metrics.formatting import count, scientific
@@ -26,9 +30,10 @@ from lightning_jax.planning.generation_flops import (
     generation_table,
     plot_generation_flops,
 )
-from lightning_jax.planning.hardware import parse_slice
-from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
-from lightning_jax.planning.report import plan_lines, plot_plan
+from lightning_jax.planning.hardware import PRICES, Price, Slice, parse_slice
+from lightning_jax.planning.meshes import CHOICES, MESH_HELP, larger_slice, with_mesh
+from lightning_jax.planning.report import Assumptions, compiled_lines, plan_lines, plot_plan, total_line
+from lightning_jax.planning.traffic import divides_slices
 from lightning_jax.run_setup import open_run
 from lightning_jax.stages import Stage, plan_stages
 
@@ -99,20 +104,48 @@ def _plan_on_devices(
     if options.stage and options.stage not in names:
         raise UserError(f"--stage={options.stage}: no such stage; {nearest_name(options.stage, names)}")
     chosen = [stage for stage in stages if options.stage in (None, stage.name)]
+    config = dataclasses.replace(config, run_stages=tuple(stage.name for stage in chosen))
+    devices = described_devices(target) if options.compile else ()  # first, since it may say what is not installed
     if options.mesh:
         config, why = with_mesh(config, options.mesh, chosen, target)
-        print(why, end="\n\n")
+        show(why, end="\n\n")
     if problems := config.problems_on(target.num_devices):
         raise ConfigError(problems)
+    if not divides_slices(config.resolved_mesh(target.num_devices), target):
+        raise UserError(f"config.mesh: {target.num_slices} slices do not divide its axes; use data={target.num_slices}")
     plans = [estimate(config, stage, target) for stage in chosen]
+    assumed = Assumptions(options.mfu, _price(options.dollars_per_chip_hour, target))
     for stage, plan in zip(chosen, plans, strict=True):
-        compiled = compile_step(config, stage, described_devices(target)) if options.compile else None
-        price = options.dollars_per_chip_hour
-        print(
-            *plan_lines(config, stage, plan, mfu=options.mfu, dollars_per_chip_hour=price, compiled=compiled), sep="\n"
-        )
-        print()
-    return functools.partial(plot_plan, plans, [stage.name for stage in chosen], f"{title} on {target.topology}")
+        lines = plan_lines(config, stage, plan, assumed)
+        if not plan.fits and (larger := larger_slice(config, [stage], target)):
+            lines.append(f"change: --devices={larger[0].name} holds it, as mesh {larger[1]}")
+        show("\n".join(lines), end="\n\n")
+        if options.compile:
+            say(f"compiling {stage.name} for {target.name}; minutes for large models, Ctrl-C stops it")
+            show("\n".join(compiled_lines(plan, compile_step(config, stage, devices))), end="\n\n")
+    total = total_line(chosen, plans, assumed)
+    if len(plans) > 1:
+        show(total)
+    title = f"{title}, {count(config.model.num_parameters())} parameters, on {target.name}\n{total}"
+    return functools.partial(plot_plan, plans, [stage.name for stage in chosen], title)
+
+
+def _price(dollars: float | None, target: Slice) -> Price | None:
+    if dollars is None:
+        return PRICES.get(target.chip.name)
+    if not dollars > 0:
+        raise UserError(f"--dollars_per_chip_hour={dollars:g}: not a price")
+    return Price(dollars, "--dollars_per_chip_hour")
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process: a compiler would let Python hear of it only when it is done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lightning_jax.plan", description="Shows what a config will do.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--schedule", action="store_true", help="the stages and their schedules")
-    what.add_argument("--devices", metavar="CHIP:SHAPE", help="what a step takes there: v5p:8x8x8, v6e:16x16, h100:64")
+    what.add_argument(
+        "--devices", metavar="CHIP:SHAPE", help="what a step takes there: v5p:8x8x8, 2xv6e:16x16, h100:64"
+    )
     what.add_argument(
         "--generation", action="store_true", help="the FLOPs of generating up to 128K tokens, beside DeepSeek-R1's"
     )
@@ -130,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compile", action="store_true", help="--devices: ask the compiler too; minutes for large models"
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="--devices: model FLOPs utilisation to reckon with")
-    parser.add_argument("--dollars_per_chip_hour", type=float, help="--devices: what you pay, for the cost")
+    parser.add_argument(
+        "--dollars_per_chip_hour", type=float, help="--devices: what you pay, for the cost; else a list price"
+    )
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.png", help="plot it as well; .svg and .pdf work too")
 
     def command(options: argparse.Namespace, config: RunConfig) -> int:
@@ -154,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"--out={options.out}: {str(error).splitlines()[0]}") from error
         return 0
 
-    return run_command(parser, command, arguments)
+    with _ended_by_ctrl_c():
+        return run_command(parser, command, arguments)
 
 
 if __name__ == "__main__":

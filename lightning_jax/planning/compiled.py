@@ -108,16 +108,23 @@ def described_devices(target: Slice) -> Sequence[jax.Device]:
         try:
             jax.config.update("jax_num_cpu_devices", target.num_devices)
         except RuntimeError as error:  # JAX has looked for its devices, to choose a size
-            raise UserError(f"--devices={target.topology}: name the size: --config=FILE.py:SIZE") from error
+            raise UserError(f"--devices={target.name}: name the size: --config=FILE.py:SIZE") from error
         return jax.devices("cpu")
     if target.chip.platform == "gpu":
         return _described_gpus(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--compile: for {target.chip.name} it needs: pip install libtpu; leave --compile away, or use cpu:N"
+        )
     try:
-        return topologies.get_topology_desc(target.topology, platform="tpu").devices
+        return topologies.get_topology_desc(target.topology, platform="tpu", num_slices=target.num_slices).devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--compile: {str(error).splitlines()[0]}; it needs: pip install libtpu") from error
+        raise UserError(
+            f"--compile: libtpu has no {target.name}, {str(error).splitlines()[0]}; give one of the shapes in "
+            f"docs.cloud.google.com/tpu/docs/{target.chip.name}"
+        ) from error
 
 
 def _described_gpus(target: Slice) -> Sequence[jax.Device]:

@@ -16,6 +16,7 @@ from lightning_jax.parallel.mesh import resolve
 from lightning_jax.planning.estimate import RESERVE, Estimate, estimate
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.planning.report import mesh_text
+from lightning_jax.planning.traffic import divides_slices
 from lightning_jax.stages import Stage
 
 ERROR = 1.15  # the compiler may need so many times the estimate
@@ -30,7 +31,7 @@ _SHARDED_IN_A_NODE_OF_4 = {"a100_40g": MeshConfig.of(data=-1, fsdp=4)}  # arXiv 
 _ROWS_OF_8K = {  # for the stages of 8K; ours, since the paper does not say how many GPUs share what
     "v5p": MeshConfig.of(fsdp=-1, expert=32),
     "tpu7x": MeshConfig.of(fsdp=-1, expert=32),
-    "v6e": MeshConfig.of(fsdp=-1, expert=32, tensor=4),  # two slices, or weights and moments in bfloat16
+    "v6e": MeshConfig.of(fsdp=-1, expert=32, tensor=8),  # two slices, or weights and moments in bfloat16
     "h800": MeshConfig.of(data=-1, fsdp=8, expert=32),
 }
 PRESETS = {
@@ -80,7 +81,7 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
     for sizes in _products(target.num_devices, len(SEARCHED)):
         mesh = dataclasses.replace(config.mesh, expert_tensor=1, **dict(zip(SEARCHED, sizes, strict=True)))
         candidate = dataclasses.replace(chosen, mesh=mesh)
-        if not candidate.problems_on(target.num_devices):
+        if not candidate.problems_on(target.num_devices) and divides_slices(mesh.sizes(), target):
             plans.append((mesh, [estimate(candidate, stage, target) for stage in stages]))
     if not plans:
         raise UserError(
@@ -96,12 +97,12 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
         mesh, of_stages = min(plans, key=lambda each: needed(each[1]))
         least = f"{mesh_text(mesh.sizes())} needs least, {size(needed(of_stages))} of {size(target.chip.memory_bytes)}"
         if not all(plan.fits for plan in of_stages):
-            raise UserError(f"--mesh=auto: nothing fits {target.topology}: {least}")
+            raise UserError(f"--mesh=auto: nothing fits {target.name}: {least}")
         return mesh, f"mesh {least}: nothing fits with room for the estimate's error"
 
     def seconds(of_stages: list[Estimate]) -> float:
         steps = [stage.batch_sizes.num_steps or 1 for stage in stages]  # 0 where its data will tell
-        return sum(n * plan.seconds["links"] for n, plan in zip(steps, of_stages, strict=True)) / sum(steps)
+        return sum(n * plan.communication_seconds for n, plan in zip(steps, of_stages, strict=True)) / sum(steps)
 
     def rank(each: tuple[MeshConfig, list[Estimate]]) -> tuple[float, int]:
         return seconds(each[1]), sum(devices > 1 for devices in each[0].sizes().values())
@@ -114,6 +115,18 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
     if others:
         why += f" (next {mesh_text(others[0][0].sizes())}, {seconds(others[0][1]):.3g} s)"
     return mesh, why
+
+
+def larger_slice(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tuple[Slice, str] | None:
+    """The least multiple of a slice that holds these stages on some mesh, and that mesh; None if it is over 16."""
+    for factor in (2, 4, 8, 16):
+        larger = target.times(factor)
+        try:
+            mesh, _ = best_mesh(config, stages, larger)
+        except UserError:
+            continue
+        return larger, mesh_text(mesh.sizes())
+    return None
 
 
 def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:

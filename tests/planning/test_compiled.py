@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from planned_runs import planned
 
+from lightning_jax.errors import UserError
 from lightning_jax.models.layer_stack import LAYER_INPUT, rematerialised
 from lightning_jax.parallel import MeshConfig, make_mesh
 from lightning_jax.planning.compiled import compile_step, described_devices
@@ -32,6 +33,22 @@ def test_a_mesh_whose_axes_are_no_axes_of_the_torus_is_laid_out_on_it():
     assert mesh.devices.shape == (1, 2, 32, 1, 8)
     neighbours = [device.coords for device in mesh.devices[0, 0, 0, 0]]
     assert len({axis for axis in range(3) if len({place[axis] for place in neighbours}) > 1}) == 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_first_axis_lies_across_slices():
+    devices = described_devices(parse_slice("2xv5p:2x2x2"))
+    mesh = make_mesh(MeshConfig.of(data=2, fsdp=8), devices)
+    slices = [{device.slice_index for device in copy.flat} for copy in mesh.devices]
+    assert slices == [{0}, {1}]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_shape_that_no_slice_has_is_told_in_a_line():
+    with pytest.raises(UserError, match=r"--compile: libtpu has no v5p:512, .*; give one of the shapes in docs"):
+        described_devices(parse_slice("v5p:512"))
 
 
 @pytest.mark.slow

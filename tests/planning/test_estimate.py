@@ -9,7 +9,7 @@ from planned_runs import EIGHT, ROOT, RUNS, golden, planned
 
 from lightning_jax.config_reader import load_config
 from lightning_jax.parallel import MeshConfig
-from lightning_jax.planning.compiled import compile_step
+from lightning_jax.planning.compiled import compile_step, lower
 from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.hardware import parse_slice
 from lightning_jax.stages import plan_stages
@@ -39,6 +39,17 @@ def test_the_456b_steps_on_record_are_estimated_within_15_percent():
         assert total == pytest.approx(row["arguments"] + row["temporaries"], rel=0.15), row
 
 
+def test_a_small_456b_is_estimated_within_15_percent_of_what_libtpu_says():
+    sizes = "hidden_size=1536 num_heads=16 num_kv_heads=2 intermediate_size=2304 num_layers=16 num_experts=8"
+    overrides = [f"model.{each}" for each in sizes.split()]
+    overrides += ["run_stages=continual_pretraining", "stages.continual_pretraining.batch_size.tokens=524288"]
+    config = load_config("configs/minimax_m1.py:456b", [*overrides, "mesh.expert=8", "mesh.tensor=1", "mesh.fsdp=1"])
+    memory = estimate(config, plan_stages(config)[0], parse_slice("v5p:2x2x2")).memory
+    arguments, temporaries = 3_314_329_088, 7_136_706_560  # of libtpu 0.0.51, which took twenty minutes for them
+    assert memory.arguments == pytest.approx(arguments, rel=0.01)
+    assert memory.total == pytest.approx(arguments + temporaries, rel=0.15)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "expert, capacity"])
 def test_goldens_are_what_the_compiler_says(name):
@@ -50,7 +61,7 @@ def test_goldens_are_what_the_compiler_says(name):
     for axes, sent in compiled.sent.items():
         # On CPUs the compiler sums a gradient and drops what is not its own, where others scatter it: 4 for 3.
         most = 1.5 if "fsdp" in axes else 1.01
-        assert 0.95 * estimated[axes] < sent < most * estimated[axes], axes
+        assert 0.95 * estimated[axes].total < sent < most * estimated[axes].total, axes
 
 
 def test_weights_moments_and_gradients_of_456b_on_512_chips_are_its_parameters_by_512():
@@ -73,28 +84,70 @@ def test_adapters_have_gradients_and_moments_of_their_own_size():
     assert share < plan.memory.moments / 2 < 64 * share
     assert plan.memory.gradients in (plan.memory.moments / 2, plan.memory.moments)
     assert plan.memory.weights > 4 * config.model.num_parameters() / 64
-    assert plan.flops == pytest.approx(plan.model_flops)  # a backward pass less, and the forward pass twice
+    assert plan.micro_batches > 1
+    # No gradient of what is frozen, but three forward passes, of the head two.
+    assert plan.model_flops < plan.flops < plan.model_flops * 4 / 3
 
 
-def test_flops_are_the_models_and_a_forward_pass_more_where_it_is_made_again():
+def test_flops_are_the_models_and_those_of_the_forward_passes_that_are_made_again():
     config, stage = planned("dense")
     plan = estimate(config, stage, EIGHT)
-    tokens = 65536
+    tokens, head = 65536, 2 * config.model.vocab_size * config.model.hidden_size
+    forward = config.model.flops_per_token(stage.config.context_length, "model") / 3
     assert plan.tokens == tokens
-    flops = config.model.flops_per_token(stage.config.context_length, "model") * tokens
-    assert plan.model_flops == pytest.approx(flops / 8)
-    assert plan.flops == pytest.approx(flops / 8 * 4 / 3)
+    assert plan.micro_batches == 4
+    assert plan.model_flops == pytest.approx(3 * forward * tokens / 8)
+    # Forward for the sums, again for their gradient, and layers once more from their inputs, but for the last product.
+    down = 2 * config.model.hidden_size * config.model.intermediate_size * config.model.num_layers
+    assert plan.flops == pytest.approx((5 * (forward - head) + 4 * head - down) * tokens / 8)
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    assert estimate(kept, stage, EIGHT).flops == pytest.approx(flops / 8)
+    assert estimate(kept, stage, EIGHT).flops == pytest.approx(4 * forward * tokens / 8)
 
 
-def test_fsdp_gathers_all_weights_twice_and_scatters_their_gradient():
+@pytest.mark.parametrize(("remat", "experts", "parts"), [("none", 0, 1), ("full", 4, 1), ("full", 0, 2)])
+def test_where_no_loop_turns_twice_the_flops_are_the_compilers(remat, experts, parts):
+    context, rows = 64, 64  # a block of softmax attention and a chunk of lightning attention, not more
+    config, _ = planned("dense")
+    model = dataclasses.replace(
+        config.model,
+        hidden_size=512,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        rotary_dim=64,
+        intermediate_size=1024,
+        layer_pattern=("lightning", "softmax"),
+        num_layers=2,
+        num_experts=experts,
+        experts_per_token=2 if experts else 0,
+        expert_dispatch="capacity",
+        capacity_factor=1.0,
+        loss_chunk=context,
+        remat=remat,
+    )
+    config = dataclasses.replace(config, model=model, mesh=MeshConfig.of(data=1))
+    (stage,) = (dataclasses.replace(each, context_length=context) for each in config.stages.values())
+    tokens = rows * context
+    batch = dataclasses.replace(stage.batch_size, tokens=(tokens,), starts=(0,), micro_batch_tokens=tokens // parts)
+    stage = dataclasses.replace(stage, batch_size=batch)
+    config = dataclasses.replace(config, stages={"only": stage}, run_stages=("only",))
+    (planned_stage,) = plan_stages(config)
+    plan = estimate(config, planned_stage, parse_slice("cpu:1"))
+    assert plan.micro_batches == parts
+    flops = plan.flops / parts  # the compiler counts a loop's body once
+    compiled = lower(config, planned_stage, jax.devices()[:1]).compile().cost_analysis()["flops"]
+    # Besides products: norms, softmaxes, the optimizer; the half of attention's square that is masked.
+    assert flops < compiled < 1.08 * flops
+
+
+def test_fsdp_gathers_weights_for_every_forward_pass_and_scatters_their_gradient():
     config, stage = planned("dense")
     plan = estimate(config, stage, EIGHT)
     norms = (2 * config.model.num_layers + 1) * config.model.hidden_size
-    gathered = 4 * (config.model.num_parameters() - norms)
+    ends = 2 * config.model.vocab_size * config.model.hidden_size
+    layers = config.model.num_parameters() - norms - ends
     assert plan.sent.keys() == {("fsdp",)}
-    assert plan.sent["fsdp",] == pytest.approx(plan.micro_batches * 3 * gathered * 7 / 8)
+    assert plan.sent["fsdp",].total == pytest.approx(plan.micro_batches * 4 * (4 * layers + 3 * ends) * 7 / 8)
 
 
 def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_the_context():
@@ -105,4 +158,5 @@ def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_
     twice = dataclasses.replace(longer.config, batch_size=batch)
     longer = plan_stages(dataclasses.replace(lightning, stages={"long": twice}, run_stages=("long",)))[0]
     sent = [estimate(lightning, each, EIGHT).sent for each in (stage, longer)]
-    assert sent[0]["sequence",] == sent[1]["sequence",] > 0
+    assert sent[0]["sequence",] == sent[1]["sequence",]
+    assert sent[0]["sequence",].total > 0
