@@ -204,7 +204,7 @@ def _laptop_post_training() -> dict[str, ConfigDict]:
             **common,
         ),
         "dpo_short": stage(
-            passes=0.3,
+            passes=0.1,
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW["paper"],

@@ -170,7 +170,7 @@ def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
             schedule=schedule(sft_rate, 0.0),
         ),
         "dpo": stage(
-            passes=0.3 if laptop else 2,
+            passes=0.1 if laptop else 2,
             warmup_share=0.1,
             decay_share=decay_share,
             context_length=pair,

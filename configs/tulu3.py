@@ -14,7 +14,7 @@ begins with fresh weights and goes through sft and dpo.
 
 | size | parameters | cost | result to expect |
 |---|---|---|---|
-| laptop | 3.9M | six minutes of a CPU core | held-out: 0.17 nats a token after sft, 78% of pairs right after dpo |
+| laptop | 3.9M | minutes on two CPU cores | held-out: 0.17 nats a token after sft, 67% of pairs right after dpo |
 | 8b | 8,030,261,248 | 64 GPUs of 80 GB | no number quoted here |
 | 70b | 70,553,706,496 | 128 GPUs of 80 GB | no number quoted here |
 | 405b | 405,853,388,800 | 256 GPUs of 80 GB and more | no number quoted here |
@@ -29,6 +29,10 @@ with in place of the paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO wit
 completions for two updates, 10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here:
 learning rate and batch of 405b's sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping
 of rlvr_grpo.
+
+laptop. Ours; 31% of 400 other problems are solved after sft. Its dpo is short and slow, because the wrong answers are
+near misses that the model half believes, and unlearning them costs right ones. With 72 steps at 1e-5 it still solves
+30%; with 215 steps 26%, with as many at 1e-4 25%, and the loss is above log 2 on the way.
 
 lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
 weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman and others, 2025) finds best. The laptop's
@@ -188,7 +192,7 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             **common,
         ),
         "dpo": stage(
-            passes=0.3,
+            passes=0.1,
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
