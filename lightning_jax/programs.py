@@ -53,7 +53,10 @@ class Programs:
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
-        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
+        self._moments_on_host = config.mesh.moments == "host"
+        operators = parallel.operators(
+            self.mesh, config.model, config.mesh.sequence_attention, config.mesh.gradient_dtype
+        )
         self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
 
         def make_model(rngs: nnx.Rngs) -> HybridLM | RewardModel:
@@ -76,11 +79,16 @@ class Programs:
         self._create = create
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
-        self.abstract_state = parallel.abstract(shapes, self.mesh)
+        if self._moments_on_host:
+            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
+            self._shardings = self._shardings._replace(opt_state=on_host)
+        self.abstract_state = jax.tree.map(
+            lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings
+        )
 
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
-        return parallel.create_sharded(self._create, self.mesh)
+        return jax.jit(self._create, out_shardings=self._shardings)()
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -177,7 +185,9 @@ class Programs:
         return NextToken(model, settings.rope_theta, settings.reduction)
 
     def optimizer(self, stage: Stage) -> Any:
-        return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
+        return build_optimizer(
+            stage.config.optimizer, self._learning_rate(stage), moments_on_host=self._moments_on_host
+        )
 
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""

@@ -20,7 +20,7 @@ from lightning_jax.input_pipeline.prompts import Prompts
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
-from lightning_jax.references.place import Key, Place
+from lightning_jax.references.running_stage import Key, RunningStage
 from lightning_jax.reinforcement.collecting import Collected, Collector
 from lightning_jax.reinforcement.experience import delete_others, digest, packed, path_of, read_rows, write_rows
 from lightning_jax.reinforcement.grading import open_rewards
@@ -80,7 +80,7 @@ class RolloutData:
         tokenizer: Tokenizer,
         params: nnx.State,
         position: Position | None,
-        place: Place,
+        place: RunningStage,
         record: Record,
     ):
         self._place, self._stage, self._record = place, place.stage, record
