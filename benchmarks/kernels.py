@@ -4,7 +4,8 @@
 
 PYTHON is an interpreter that has torch and, to be measured beside it, flash-linear-attention; by default the one that
 runs this file. A GPU needs Python 3.12 or newer and jax 0.11 or newer with its CUDA plugin. Where nothing can be
-fetched, bring what it lacks, beside torch and triton, as wheels made on another machine:
+fetched, bring what it lacks, beside torch and triton, as wheels made on another machine (for the search for races also
+pytest and hypothesis, with what they need):
 
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels fla-core einops
     python -m pip install --no-index --no-deps --target site wheels/*.whl
@@ -80,6 +81,8 @@ RESERVE = 10  # seconds at the end, for the last record
 SHARE_OF_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}  # of the device's, for jax; the rest is torch's
 NEEDED = {
     "torch": "for attention in torch and flash-linear-attention (or --torch-python)",
+    "pytest": "to search for races",
+    "hypothesis": "to search for races",
     "jax_cuda13_plugin": "to compile for a GPU",
     "libtpu": "to compile for TPUs",
 }
