@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.input_pipeline import Batch as HostBatch
-from lightning_jax.models import HybridLM, RewardModel, lora
-from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
+from lightning_jax.models import HybridLM, ModelConfig, RewardModel, lora
+from lightning_jax.models.operators import Operators
+from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward, Value
 from lightning_jax.objectives.policy_gradient import sequence_log_probs
 from lightning_jax.objectives.preference import segment_log_probs
+from lightning_jax.objectives.value import predicted_values
 from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.stages import Stage, num_micro_batches
 from lightning_jax.train_step import (
@@ -26,6 +28,7 @@ from lightning_jax.train_step import (
     make_evaluation_step,
     make_train_step,
     mapped_rows,
+    with_value_step,
 )
 
 
@@ -38,6 +41,7 @@ class Programs:
 
     Attributes:
       kind: of model.
+      value_model: the size of the value model, where a stage has one.
       mesh: the devices.
       shards: into how many parts they split the rows of a batch.
       host: which part of a batch's rows this host reads.
@@ -52,7 +56,11 @@ class Programs:
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
-        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
+
+        def operators_of(model: ModelConfig) -> Operators:
+            return parallel.operators(self.mesh, model, config.mesh.sequence_attention)
+
+        operators = operators_of(config.model)
         self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
 
         def make_model(rngs: nnx.Rngs) -> HybridLM | RewardModel:
@@ -66,13 +74,26 @@ class Programs:
         self.frozen: tuple[nnx.State, ...] = ()
         optimizer = self.optimizer(stages[0])
 
+        with_value = next((stage for stage in stages if stage.config.value), None)
+        self.value_model = (with_value and with_value.config.value.model) or config.model
+
+        def make_value(rngs: nnx.Rngs) -> RewardModel:
+            return RewardModel(self.value_model, rngs=rngs, operators=operators_of(self.value_model))
+
+        self.value_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_value(nnx.Rngs(0))))
+
+        def create_value() -> TrainState:
+            params = nnx.state(make_value(nnx.Rngs(params=config.seed)), nnx.Param)
+            return TrainState(jnp.int32(0), params, self.value_optimizer(with_value).init(params), jnp.int32(0))
+
         def create() -> TrainState:
             params = nnx.state(make_model(nnx.Rngs(params=config.seed)), nnx.Param)
             if config.lora:
                 params, _ = lora.split(params)
-            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+            value = create_value() if with_value else None
+            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), value)
 
-        self._create = create
+        self._create, self._create_value = create, create_value
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
         self.abstract_state = parallel.abstract(shapes, self.mesh)
@@ -80,6 +101,10 @@ class Programs:
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
         return parallel.create_sharded(self._create, self.mesh)
+
+    def first_value(self) -> TrainState:
+        """The state of the value model that a run with one begins with."""
+        return parallel.create_sharded(self._create_value, self.mesh)
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -92,14 +117,17 @@ class Programs:
 
     def train_step(self, stage: Stage, rows: int) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
         """(state, batch, *frozen) -> (state, metrics) for batches of so many rows; the state given to it is used up."""
-        step = make_train_step(
-            self.graphdef,
-            self.objective(stage),
-            self.optimizer(stage),
-            self._learning_rate(stage),
-            first_step=stage.first_step,
-            num_micro_batches=num_micro_batches(stage.config, rows, self.shards),
-        )
+        place = {
+            "first_step": stage.first_step,
+            "num_micro_batches": num_micro_batches(stage.config, rows, self.shards),
+        }
+        optimizer, rate = self.optimizer(stage), self._learning_rate(stage)
+        step = make_train_step(self.graphdef, self.objective(stage), optimizer, rate, **place)
+        if value := stage.config.value:
+            objective = Value(self.value_model, value.clip, value.coefficient, stage.config.rope_theta)
+            optimizer, rate = self.value_optimizer(stage), self._value_learning_rate(stage)
+            value_step = make_train_step(self.value_graphdef, objective, optimizer, rate, **place)
+            step = with_value_step(step, value_step, policy_from=stage.first_step + value.warmup_steps)
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
 
     def evaluation_step(self, stage: Stage) -> Callable[[nnx.State, Batch], Any]:
@@ -129,8 +157,16 @@ class Programs:
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
+    def value_step(self, stage: Stage) -> Callable[[nnx.State, Batch], jax.Array]:
+        """(weights of the value model, batch) -> the value [B, T] of what stands up to each input."""
+
+        def values(weights: nnx.State, batch: Batch) -> jax.Array:
+            return predicted_values(nnx.merge(self.value_graphdef, weights), batch, stage.config.rope_theta)[0]
+
+        return jax.jit(values, out_shardings=self._rows)
+
     def by_rows(
-        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], params: nnx.State, rows: HostBatch
+        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], weights: nnx.State, rows: HostBatch
     ) -> np.ndarray:
         """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
@@ -141,7 +177,7 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(np.asarray(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True)))
+            results.append(np.asarray(multihost_utils.process_allgather(step(weights, batch), tiled=True)))
         return np.concatenate(results)[:num_rows]
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
@@ -171,6 +207,9 @@ class Programs:
     def optimizer(self, stage: Stage) -> Any:
         return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
 
+    def value_optimizer(self, stage: Stage) -> Any:
+        return build_optimizer(stage.config.value.optimizer, self._value_learning_rate(stage))
+
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""
         count = self.host.count
@@ -181,3 +220,6 @@ class Programs:
 
     def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
         return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
+
+    def _value_learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
+        return learning_rate(stage.config.value.schedule, stage.batch_sizes.num_steps)

@@ -36,6 +36,10 @@ class TrainState(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     nonfinite_steps: jax.Array  # skipped in a row until now, int32
+    value: "TrainState | None" = None  # of the value model, in runs that have one
+
+
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def micro_batches_of(batch: Batch, count: int) -> Batch:
@@ -73,7 +77,7 @@ def make_train_step(
     *,
     first_step: int,
     num_micro_batches: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> TrainStep:
     """The step `(state, batch, *frozen) -> (state, metrics)` of a stage that begins at `first_step`, to be jitted.
 
     `frozen` is what of the model is not in `state.params`, and so is not trained.
@@ -102,7 +106,27 @@ def make_train_step(
             "learning_rate": learning_rate(step_of_stage),
             "nonfinite_steps": skipped,
         }
-        return TrainState(state.step + 1, params, opt_state, skipped), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, nonfinite_steps=skipped), metrics
+
+    return train_step
+
+
+def with_value_step(policy_step: TrainStep, value_step: TrainStep, *, policy_from: int) -> TrainStep:
+    """Steps of a policy and of its value model as one; the value's metrics begin with `value_`.
+
+    Args:
+        policy_from: the run's step before which the value model alone is trained.
+    """
+
+    def train_step(state: TrainState, batch: Batch, *frozen: nnx.State) -> tuple[TrainState, dict[str, jax.Array]]:
+        after, metrics = policy_step(state, batch, *frozen)
+        value, of_value = value_step(state.value, batch)
+        params, opt_state = where_finite(
+            state.step >= policy_from, (after.params, after.opt_state), (state.params, state.opt_state)
+        )
+        skipped = jnp.maximum(metrics["nonfinite_steps"], of_value.pop("nonfinite_steps"))
+        metrics |= {f"value_{name}": metric for name, metric in of_value.items()} | {"nonfinite_steps": skipped}
+        return after._replace(params=params, opt_state=opt_state, value=value), metrics
 
     return train_step
 

@@ -25,7 +25,19 @@ from lightning_jax.input_pipeline.sources import RecordReport, files_of, fingerp
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 
 # Of Parquet files, whose other columns may be large: what is asked, and what verifiers read.
-_COLUMNS = ("prompt", "messages", "ground_truth", "dataset", "instruction_id_list", "kwargs", "test", "entry_point")
+_COLUMNS = (
+    "prompt",
+    "messages",
+    "ground_truth",
+    "reference",
+    "dataset",
+    "family",
+    "pass_rate",
+    "instruction_id_list",
+    "kwargs",
+    "test",
+    "entry_point",
+)
 
 
 @dataclass(frozen=True)

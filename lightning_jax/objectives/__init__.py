@@ -10,6 +10,7 @@ from lightning_jax.objectives.next_token import NextToken, NextTokenSums
 from lightning_jax.objectives.policy_gradient import PolicyGradient, PolicyGradientSums
 from lightning_jax.objectives.preference import Preference, PreferenceSums
 from lightning_jax.objectives.reward import Reward, RewardSums
+from lightning_jax.objectives.value import Value, ValueSums
 
 __all__ = [
     "AdvantageConfig",
@@ -24,4 +25,6 @@ __all__ = [
     "Reward",
     "RewardModelConfig",
     "RewardSums",
+    "Value",
+    "ValueSums",
 ]

@@ -23,6 +23,7 @@ from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.models import HybridLM, ModelConfig, lora
 from lightning_jax.models.config import BYTES, LoraConfig
+from lightning_jax.optimizers import OptimizerConfig
 from lightning_jax.parallel.config import AXES
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.stages import Stage, num_micro_batches
@@ -43,12 +44,13 @@ class Memory:
     batch: int
     activations: float  # kept from the forward pass for the backward pass
     temporaries: float  # of the layer at work or of the loss, whichever is more
+    companions: int = 0  # models beside the one that is trained, with all that they have
     on_host: float = 0  # activations that the host keeps; not in the total
 
     @property
     def arguments(self) -> int:
         """What is there between steps."""
-        return self.weights + self.moments + self.batch
+        return self.weights + self.moments + self.batch + self.companions
 
     @property
     def total(self) -> float:
@@ -114,7 +116,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
     context = stage.config.context_length
     device_rows = rows // parts // shards
     device_tokens = device_rows * context // sizes["sequence"]
-    held = _held(config, stage, mesh)
+    held = _held(model, config.lora, stage.config.optimizer, mesh)
     memory = Memory(
         weights=held.weights,
         moments=held.moments,
@@ -127,6 +129,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
             _loss_bytes(model, sizes["tensor"], device_rows, min(model.loss_chunk, context // sizes["sequence"])),
         ),
         on_host=_offloaded_elements(model) * device_tokens * BYTES[model.compute_dtype],
+        companions=_companions(config, stage, held, mesh),
     )
     tokens = rows * context
     model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
@@ -171,12 +174,26 @@ def _abstract_params(model: ModelConfig, adapters: LoraConfig | None) -> nnx.Sta
     return jax.eval_shape(parameters)
 
 
-def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
-    abstract = _abstract_params(config.model, config.lora)
+def _companions(config: RunConfig, stage: Stage, held: Held, mesh: AbstractMesh) -> int:
+    """Bytes of a live reference, of the policy that makes stale rollouts, and of a value model with its training."""
+    preference, learning = stage.config.preference, stage.config.reinforcement
+    copies = int(preference is not None and preference.reference == "live")
+    if not learning:
+        return copies * held.trained
+    copies += bool(learning.policy_gradient.kl_coefficient) + learning.rollouts.staleness
+    value = learning.value
+    if not value:
+        return copies * held.trained
+    own = _held(value.model or config.model, None, value.optimizer, mesh)
+    return copies * held.trained + own.weights + own.moments + own.trained
+
+
+def _held(model: ModelConfig, adapters: LoraConfig | None, optimizer: OptimizerConfig, mesh: AbstractMesh) -> Held:
+    abstract = _abstract_params(model, adapters)
     shardings = nnx.to_flat_state(parallel.shardings(abstract, mesh))
     weights = trained = moments = 0
     gathered, gathered_trained = {DENSE: 0, EXPERTS: 0}, {DENSE: 0, EXPERTS: 0}
-    moment_bytes = BYTES[stage.config.optimizer.moment_dtype]
+    moment_bytes = BYTES[optimizer.moment_dtype]
     for (_, leaf), (_, placed) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         array, sharding = leaf.get_value(), placed.get_value()
         assert isinstance(sharding, NamedSharding)
@@ -188,7 +205,7 @@ def _held(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
             whole = share * math.prod(mesh.shape[axis] for axis in split)
         weights += share * array.dtype.itemsize
         gathered[split] += whole
-        if not config.lora or isinstance(leaf, lora.Adapter):
+        if not adapters or isinstance(leaf, lora.Adapter):
             trained += share * array.dtype.itemsize
             moments += 2 * share * moment_bytes
             gathered_trained[split] += whole

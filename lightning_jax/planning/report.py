@@ -38,6 +38,8 @@ def plan_lines(
         ("memory of a device", f"{size(memory.total)}, estimated: {_verdict(plan)}"),
         *((f"  {name}", size(getattr(memory, kind))) for kind, name in KINDS.items()),
     ]
+    if memory.companions:
+        rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of stale rollouts"))
     if memory.on_host:
         rows.append(("  on the host", f"{size(memory.on_host)} of activations"))
     if compiled:

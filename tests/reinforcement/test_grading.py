@@ -1,19 +1,25 @@
 """Scores: what the end of a completion costs, and that a verifier's failure is no wrong answer."""
 
 import contextlib
+import dataclasses
+import http.server
+import json
 import math
+import threading
 
 import numpy as np
 import pytest
 
+from lightning_jax.config_reader import parse
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion
 from lightning_jax.input_pipeline.prompts import Prompt
 from lightning_jax.reinforcement.config import RewardConfig
 from lightning_jax.reinforcement.grading import grade, open_rewards, shaped
+from lightning_jax.reinforcement.recipes import rewards
 from lightning_jax.rewards.reward import Reward
 
-PLAIN = RewardConfig(weights={"gsm8k": 1.0}, unfinished="keep", unfinished_score=0.0, overlong_buffer=0)
+PLAIN = RewardConfig(**rewards(gsm8k=1.0))
 PROMPT = Prompt(ids=(1, 2), chat=({"role": "user", "content": "1 + 1?"},), record={"ground_truth": "2"})
 
 
@@ -22,7 +28,7 @@ def completion(text: str, tokens: int = 3, reason: str = "stop", sample: int = 0
 
 
 def changed(**fields) -> RewardConfig:
-    return RewardConfig(**({"weights": {"gsm8k": 1.0}} | {"unfinished": "keep", "unfinished_score": 0.0} | fields))
+    return dataclasses.replace(PLAIN, **fields)
 
 
 def test_the_overlong_penalty_is_dapos_in_tokens_and_clipped():
@@ -43,7 +49,7 @@ def test_an_unfinished_completions_score_is_replaced_or_lowered():
 
 def test_completions_of_a_prompt_are_graded_in_their_order_with_reasons():
     with contextlib.ExitStack() as stack:
-        function = open_rewards(PLAIN, stack)
+        function = open_rewards(PLAIN, stack, print)
         groups = [[completion("#### 2"), completion("#### 3", sample=1)], [completion("two"), completion("2")]]
         grades = grade(function, PLAIN, [PROMPT, PROMPT], groups, max_new_tokens=9)
     np.testing.assert_array_equal(grades.reward_PG, [[1, 0], [0, 1]])
@@ -64,4 +70,61 @@ def test_what_no_verifier_could_grade_has_no_score():
 
 def test_a_reward_that_there_is_not_is_told():
     with pytest.raises(UserError, match=r"rewards.weights.gsm8q: no such reward; did you mean 'gsm8k'\?"):
-        open_rewards(RewardConfig({"gsm8q": 1.0}, "keep", 0.0, 0), contextlib.ExitStack())
+        open_rewards(RewardConfig(**rewards(gsm8q=1.0)), contextlib.ExitStack(), print)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible judge that grades 5 what has a 2 in it, and 1 all else; it asks for the key "secret"."""
+
+    def do_POST(self):
+        assert self.path == "/v1/chat/completions"
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        right = "2" in question["messages"][0]["content"].split("Response, between marks")[1].splitlines()[2]
+        said = {"choices": [{"message": {"content": f"I think so.\nGrade: {5 if right else 1}"}}]}
+        self.send_response(200 if self.headers["Authorization"] == "Bearer secret" else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps(said).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def judge():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "url": f"http://127.0.0.1:{server.server_port}/v1",
+            "model": "judge",
+            "api_key_variable": "JUDGE_KEY",
+            "temperature": 0.0,
+            "max_tokens": 64,
+            "seconds": 10.0,
+            "threads": 2,
+        }
+        server.shutdown()
+
+
+def test_a_judge_behind_an_endpoint_is_a_reward(judge, monkeypatch):
+    config, problems = parse(RewardConfig, rewards(graded_judge=10.0, judge=judge))
+    assert not problems
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setenv("JUDGE_KEY", "secret")
+        function = open_rewards(config, stack, print)
+        grades = grade(function, config, [PROMPT], [[completion("two: 2"), completion("three")]], max_new_tokens=9)
+    np.testing.assert_array_equal(grades.reward_PG, [[10, 0]])
+    assert "grade 5 of 5" in grades.reasons[0][0]
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(UserError, match="JUDGE_KEY is not set in the environment"):
+        open_rewards(config, contextlib.ExitStack(), print)
+
+
+def test_rewards_say_what_they_need():
+    _, problems = parse(RewardConfig, rewards(graded_judge=1.0))
+    assert problems == ["config.judge: weights.graded_judge needs this section"]
+    _, problems = parse(RewardConfig, rewards(reward_model=1.0))
+    assert problems == ["config.reward_model: weights.reward_model needs this section"]
+    use = {"folder": "/nowhere", "shift": 0.0, "scale": 1.0, "low": -5.0, "high": 5.0}
+    config, _ = parse(RewardConfig, rewards(reward_model=1.0, model=use))
+    with pytest.raises(UserError, match="/nowhere"):
+        open_rewards(config, contextlib.ExitStack(), print)
