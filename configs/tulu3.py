@@ -33,8 +33,8 @@ and no other use of it, on prompts of GSM8K, MATH and IFEval (405b: of MATH, dat
 answer and -10 for one without an end, four passes over 224 (70b: 640, 405b: 1,856) completions of up to 2,048 tokens, a
 divergence of 0.05 (70b: 0.07) by k1 in the reward, clips of 0.2, 3e-7 (70b, 405b: 1e-7) falling to 0, without warm-up
 (70b: a tenth), rollouts one step stale. 8b's 10,000,000 episodes are an end that its run never reached; 405b's length
-and 300,000 episodes are its model card's, where its script says 1,024 and 400,000. A batch divides over 56 devices
-(8b), 64 pairs (70b) or 29 groups of 8 (405b). Not as in the published trainer: means and whitening are over all of a
+and 300,000 episodes are its model card's, where its script says 1,024 and 400,000. A batch divides over 32 devices
+(8b), 64 pairs (70b) or 64 groups of 8 (405b). Not as in the published trainer: means and whitening are over all of a
 batch, there over a device's share of it. rlvr_grpo (8b): what Tulu 3.1 was released with in its place: GRPO with k3 of
 0.01, 48 prompts of 16 completions for two updates, 10 for a right answer and 0 for one without an end, 5e-7.
 

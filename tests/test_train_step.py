@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows
+from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows, with_value_step
 
 
 class _Scale(nnx.Module):
@@ -88,3 +88,29 @@ def test_a_step_that_is_not_finite_changes_neither_parameters_nor_moments(poison
     assert any(
         (a != b).any() for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True)
     )
+
+
+def test_a_value_is_trained_beside_the_policy_as_if_alone_and_first_alone():
+    graphdef, optimizer, state, batch = _state_and_batch()
+    alone = _step(graphdef, _ProductOfMeans(), optimizer, 1)
+    other = state._replace(params=jax.tree.map(lambda x: 3 * x, state.params))
+    both = jax.jit(with_value_step(alone, alone, policy_from=1))
+    first, metrics = both(state._replace(value=other), batch)
+    for trained, expected in ((first.params, state.params), (first.opt_state, state.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, trained, expected)
+    jax.tree.map(np.testing.assert_array_equal, first.value, alone(other, batch)[0])
+    assert metrics["value_loss"] != metrics["loss"]
+    assert metrics["value_gradient_norm"] != metrics["gradient_norm"]
+    second, _ = both(first, batch)
+    jax.tree.map(np.testing.assert_array_equal, second.params, alone(state, batch)[0].params)
+    jax.tree.map(np.testing.assert_array_equal, second.value, alone(first.value, batch)[0])
+
+
+def test_a_value_that_is_not_finite_is_told_and_stops_no_policy():
+    graphdef, optimizer, state, batch = _state_and_batch()
+    alone = _step(graphdef, _ProductOfMeans(), optimizer, 1)
+    broken = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    after, metrics = jax.jit(with_value_step(alone, alone, policy_from=0))(state._replace(value=broken), batch)
+    assert metrics["nonfinite_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, alone(state, batch)[0].params)
+    jax.tree.map(np.testing.assert_array_equal, after.value.opt_state, broken.opt_state)

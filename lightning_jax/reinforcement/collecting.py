@@ -33,8 +33,8 @@ from lightning_jax.reinforcement.credit import with_credit, with_value_mask
 from lightning_jax.reinforcement.experience import as_rows, with_advantages
 from lightning_jax.reinforcement.generated import Generated, Groups
 from lightning_jax.reinforcement.grading import Grades, grade
+from lightning_jax.reinforcement.measures import measures, samples
 from lightning_jax.reinforcement.sampling_policy import Place, Position, SamplingPolicy
-from lightning_jax.rewards.length_bias import FEWEST, correlation, relative
 from lightning_jax.rewards.reward import RewardFunction
 from lightning_jax.stages import Stage
 
@@ -142,7 +142,7 @@ class Collector:
                 f"generation {generation + 1}: after {refills} refills {int(np.sum(~used_P))} of {len(used_P)} prompts "
                 "still have completions of equal reward, and are left out; the prompts are too easy or too hard"
             )
-        metrics = self._metrics(first) | {"refills": refills, "prompts": position.prompts}
+        metrics = measures(first, self._informative(first)) | {"refills": refills, "prompts": position.prompts}
         if metrics.get("length_correlation", 0) > self.settings.rewards.length_alarm:
             warnings.append(
                 f"generation {generation + 1}: the reward likes length: among a prompt's completions they correlate by "
@@ -159,15 +159,16 @@ class Collector:
         tokens = sum(len(each.ids) for group in first.completions for each in group)
         timing = {f"{name}_seconds": value for name, value in seconds.items()}
         timing["generated_tokens_per_second"] = tokens / max(seconds["generation"], 1e-9)
+        asked = [self.sampling_policy.prompt(place) for place in groups.places]
         return Generated(
-            rows=as_rows(self._asked(groups), groups.completions, self._length),
+            rows=as_rows(asked, groups.completions, self._length),
             score_PG=groups.grades.score_PG,
             used_P=used_P,
             finished_N=np.array([each.finish_reason == "stop" for group in groups.completions for each in group]),
             position=position,
             metrics=metrics,
             timing=timing,
-            samples=self._samples(groups),
+            samples=samples(groups, asked[: rollouts.logged_prompts], self._tokenizer),
             warnings=warnings,
         )
 
@@ -210,11 +211,11 @@ class Collector:
                 "lightning_jax/generation/README.md for modes in which they are nearer"
             )
         advantage_N = np.sum(rows[ADVANTAGES], axis=1) / np.maximum(np.sum(rows["loss_mask"], axis=1), 1)
-        samples = [
+        logged = [
             sample | {"advantage": float(advantage)}
             for sample, advantage in zip(generated.samples, advantage_N[: len(generated.samples)], strict=True)
         ]
-        return Collected(rows, metrics, timing, samples, warnings)
+        return Collected(rows, metrics, timing, logged, warnings)
 
     def validation_rewards(self, params: nnx.State, most: int) -> dict[str, float]:
         """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
@@ -267,9 +268,6 @@ class Collector:
         seconds["reward"] += time.perf_counter() - middle
         return Groups(places, completions, grades)
 
-    def _asked(self, groups: Groups) -> list[Prompt]:
-        return [self.sampling_policy.prompt(place) for place in groups.places]
-
     def _completions(self, params: nnx.State, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         generator = self._generator_of(params)
         groups: list[list[Completion]] = [[] for _ in prompts]
@@ -317,51 +315,3 @@ class Collector:
             return np.zeros(mask_NT.shape)
         each_NT = np.asarray(kl_estimate(settings.kl_estimator, rows[OLD], rows[REFERENCE]))
         return settings.kl_coefficient * np.where(mask_NT, each_NT, 0)
-
-    def _metrics(self, first: Groups) -> dict[str, float]:
-        """Of the first prompts, before any were replaced, so that no selection flatters the reward."""
-        completions = [completion for group in first.completions for completion in group]
-        tokens = np.array([len(completion.ids) for completion in completions])
-        likes_length = length_correlation(first)
-        return {
-            **({} if likes_length is None else {"length_correlation": likes_length}),
-            "reward": float(np.nanmean(first.grades.reward_PG)),
-            "score": float(np.nanmean(first.grades.score_PG)),
-            "best_reward": float(np.mean(np.nanmax(first.grades.reward_PG, axis=1))),
-            "ungraded": int(np.sum(np.isnan(first.grades.reward_PG))),
-            "equal_reward_groups": float(np.mean(~self._informative(first))),
-            "completion_tokens": float(tokens.mean()),
-            "completion_tokens_99": float(np.quantile(tokens, 0.99)),
-            "perplexity": float(np.exp(-np.mean(np.concatenate([each.log_probs for each in completions])))),
-            **{
-                f"{reason}_share": float(np.mean([each.finish_reason == reason for each in completions]))
-                for reason in ("stop", "length", "repetition")
-            },
-        }
-
-    def _samples(self, groups: Groups) -> list[dict[str, Any]]:
-        return [
-            {
-                "prompt": self._tokenizer.decode(list(prompt.ids)),
-                "text": completion.text,
-                "reward": float(groups.grades.reward_PG[p, g]),
-                "reason": groups.grades.reasons[p][g],
-                "score": float(groups.grades.score_PG[p, g]),
-                "finish_reason": completion.finish_reason,
-            }
-            for p, prompt in enumerate(self._asked(groups)[: self.settings.rollouts.logged_prompts])
-            for g, completion in enumerate(groups.completions[p])
-        ]
-
-
-def length_correlation(groups: Groups) -> float | None:
-    """Of reward and length among completions of one prompt; None where there are too few, or nothing differs."""
-    pairs = np.concatenate(
-        [
-            relative(
-                [(len(each.ids), reward) for each, reward in zip(group, reward_G, strict=True) if reward == reward]
-            )
-            for group, reward_G in zip(groups.completions, groups.grades.reward_PG, strict=True)
-        ]
-    )
-    return correlation(pairs) if len(pairs) >= FEWEST else None

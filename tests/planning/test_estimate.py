@@ -78,7 +78,7 @@ def test_adapters_have_gradients_and_moments_of_their_own_size():
 
 def test_ppo_holds_five_models_beside_the_policy_with_what_the_value_is_trained_by():
     config = load_config("configs/tulu3.py:8b", ["run_stages=rlvr"])
-    memory = estimate(config, plan_stages(config)[0], parse_slice("h100:7x8")).memory
+    memory = estimate(config, plan_stages(config)[0], parse_slice("h100:4x8")).memory
     # The reference and the policy of stale rollouts; the value's weights, gradients and two moments.
     assert memory.companions == (2 + 1 + 1 + 2) * memory.weights
     config = load_config("configs/tulu3.py:8b", ["run_stages=rlvr_grpo"])

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import http.server
-import json
 import math
-import threading
 
 import numpy as np
 import pytest
+import tiny_judge
 
 from lightning_jax.config_reader import parse
 from lightning_jax.errors import UserError
@@ -73,45 +71,17 @@ def test_a_reward_that_there_is_not_is_told():
         open_rewards(RewardConfig(**rewards(gsm8q=1.0)), contextlib.ExitStack(), print)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible judge that grades 5 what has a 2 in it, and 1 all else; it asks for the key "secret"."""
-
-    def do_POST(self):
-        assert self.path == "/v1/chat/completions"
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        right = "2" in question["messages"][0]["content"].split("Response, between marks")[1].splitlines()[2]
-        said = {"choices": [{"message": {"content": f"I think so.\nGrade: {5 if right else 1}"}}]}
-        self.send_response(200 if self.headers["Authorization"] == "Bearer secret" else 401)
-        self.end_headers()
-        self.wfile.write(json.dumps(said).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def judge():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {
-            "url": f"http://127.0.0.1:{server.server_port}/v1",
-            "model": "judge",
-            "api_key_variable": "JUDGE_KEY",
-            "temperature": 0.0,
-            "max_tokens": 64,
-            "seconds": 10.0,
-            "threads": 2,
-        }
-        server.shutdown()
-
-
-def test_a_judge_behind_an_endpoint_is_a_reward(judge, monkeypatch):
-    config, problems = parse(RewardConfig, rewards(graded_judge=10.0, judge=judge))
-    assert not problems
-    with contextlib.ExitStack() as stack:
-        monkeypatch.setenv("JUDGE_KEY", "secret")
+def test_a_judge_behind_an_endpoint_is_a_reward(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    right, wrong = completion("two: 2"), completion("three")
+    with (
+        tiny_judge.serving(lambda response: 5 if "2" in response else 1, key="secret") as judge,
+        contextlib.ExitStack() as stack,
+    ):
+        config, problems = parse(RewardConfig, rewards(graded_judge=10.0, judge=judge))
+        assert not problems
         function = open_rewards(config, stack, print)
-        grades = grade(function, config, [PROMPT], [[completion("two: 2"), completion("three")]], max_new_tokens=9)
+        grades = grade(function, config, [PROMPT], [[right, wrong]], max_new_tokens=9)
     np.testing.assert_array_equal(grades.reward_PG, [[10, 0]])
     assert "grade 5 of 5" in grades.reasons[0][0]
     monkeypatch.delenv("JUDGE_KEY")

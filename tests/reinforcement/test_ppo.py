@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_judge
 import tiny_reinforcement
 import tiny_run
 from tiny_reinforcement import UPDATES
@@ -146,6 +147,23 @@ def test_a_reward_model_of_our_own_is_reward_and_beginning_of_a_value(folder, ca
     assert "the value model begins as the reward model of step" in capsys.readouterr().out
     steps = sorted(int(path.name) for path in (trained / "checkpoints").iterdir())
     assert head_of(folder / "from_model", STEPS, "value/params/") == head_of(trained, steps[-1], "params/")
+
+
+def test_a_judge_that_likes_length_teaches_it_and_is_seen_on_record(folder, capsys):
+    section = "stages__rl__reinforcement__rewards"
+    more = {
+        "stages__rl__reinforcement__rollouts__samples": 8,
+        "stages__rl__reinforcement__rollouts__max_new_tokens": 16,
+    }
+    more |= {f"{section}__weights": "{graded_judge:1}", "checkpoints__every_steps": 0}
+    with tiny_judge.serving(lambda response: 1 + min(len(response) // 4, 4)) as judge:
+        more |= {f"{section}__judge__{name}": value for name, value in judge.items()}
+        assert train.main(tiny_reinforcement.arguments(folder, "judged", steps=2 * UPDATES, **more)) == 0
+    rows = [row for row in metrics(folder / "judged") if "reward" in row]
+    assert all(0 <= row["reward"] <= 1 and row["ungraded"] == 0 for row in rows)
+    assert max(row.get("length_correlation", 0) for row in rows) > 0.3
+    assert "the reward likes length" in capsys.readouterr().out
+    assert "grade " in lines(folder / "judged", "samples.jsonl")[0]["reason"]
 
 
 def head_of(run, step, prefix):
