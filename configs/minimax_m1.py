@@ -278,7 +278,7 @@ def _published_reinforcement() -> ConfigDict:
                 repetition_tokens=3000,
                 decode_steps=256,
             ),
-            rewards=rewards(minimax_m1=1.0, form=0.1, overlong_buffer=4096, judge=JUDGE),
+            rewards=rewards(minimax_m1=1.0, form=0.1, overlong_buffer=4096, judge=JUDGE, code_workers=64),
         ),
     )
 

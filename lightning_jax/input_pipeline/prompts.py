@@ -37,6 +37,8 @@ _COLUMNS = (
     "kwargs",
     "test",
     "entry_point",
+    "inputs",
+    "outputs",
 )
 
 

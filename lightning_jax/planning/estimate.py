@@ -175,12 +175,13 @@ def _abstract_params(model: ModelConfig, adapters: LoraConfig | None) -> nnx.Sta
 
 
 def _companions(config: RunConfig, stage: Stage, held: Held, mesh: AbstractMesh) -> int:
-    """Bytes of a live reference, of the policy that makes stale rollouts, and of a value model with its training."""
+    """Bytes of a live reference, of the policy that refills stale rollouts, and of a value model with its training."""
     preference, learning = stage.config.preference, stage.config.reinforcement
     copies = int(preference is not None and preference.reference == "live")
     if not learning:
         return copies * held.trained
-    copies += bool(learning.policy_gradient.kl_coefficient) + learning.rollouts.staleness
+    copies += bool(learning.policy_gradient.kl_coefficient)
+    copies += bool(learning.rollouts.staleness and learning.rollouts.dynamic_sampling)
     value = learning.value
     if not value:
         return copies * held.trained

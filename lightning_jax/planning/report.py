@@ -39,7 +39,7 @@ def plan_lines(
         *((f"  {name}", size(getattr(memory, kind))) for kind, name in KINDS.items()),
     ]
     if memory.companions:
-        rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of stale rollouts"))
+        rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of rollouts"))
     if memory.on_host:
         rows.append(("  on the host", f"{size(memory.on_host)} of activations"))
     if compiled:

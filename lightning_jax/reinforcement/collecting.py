@@ -1,7 +1,8 @@
 """One generation of rollouts: prompts, completions, rewards, further prompts for those that teach nothing, advantages.
 
-`generate` makes completions and grades them, `finish` has the trainer score them and gives advantages: between the two
-the policy may have been trained further. Both are functions of a policy, the generation's number and a position.
+`begin` makes completions, `verify` asks what they are worth, `complete` grades them and replaces prompts, `finish` has
+the trainer score what there is and gives advantages. Each is a function of a policy, the generation's number and a
+position; the policy that scores may have been trained since the completions were made, and verifiers work meanwhile.
 
 Sources: dynamic sampling, DAPO (arXiv 2503.14476) section 3.2; the correlation of probabilities, MiniMax-M1 (arXiv
 2506.13585) figure 3.
@@ -11,7 +12,7 @@ Shapes: P prompts of a generation, G completions of each, N = P * G rows, T toke
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,8 @@ from lightning_jax.objectives.value import VALUES
 from lightning_jax.programs import Programs
 from lightning_jax.reinforcement.credit import with_credit, with_value_mask
 from lightning_jax.reinforcement.experience import as_rows, with_advantages
-from lightning_jax.reinforcement.generated import Generated, Groups
-from lightning_jax.reinforcement.grading import Grades, grade
+from lightning_jax.reinforcement.generated import Begun, Generated, Groups
+from lightning_jax.reinforcement.grading import Verdicts, grade, verify
 from lightning_jax.reinforcement.measures import measures, samples
 from lightning_jax.reinforcement.sampling_policy import Place, Position, SamplingPolicy
 from lightning_jax.rewards.reward import RewardFunction
@@ -112,27 +113,64 @@ class Collector:
 
     def generate(self, generation: int, position: Position, params: nnx.State) -> Generated:
         """Completions by the policy `params`, and their grades."""
-        rollouts, seconds = self.settings.rollouts, {"generation": 0.0, "reward": 0.0}
+        begun = self.begin(generation, position, params)
+        return self.complete(begun, self.verify(begun), params)
+
+    def begin(
+        self, generation: int, position: Position, params: nnx.State, *, refill: int = 0, count: int | None = None
+    ) -> Begun:
+        """Completions of the next prompts by the policy `params`."""
+        count = self.num_prompts if count is None else count
         limit, warnings = self.sampling_policy.limit(position), []
+        places, position, exceptions = self.sampling_policy.draw(position, generation, count)
+        if exceptions:
+            warnings.append(
+                f"generation {generation + 1}: no pass rate of a whole corpus is in the curriculum's range, so "
+                f"{exceptions} of {count} prompts were asked in their turn"
+            )
+        start = time.perf_counter()
+        sampling = dataclasses.replace(
+            self._sampling,
+            max_new_tokens=limit,
+            samples=self.settings.rollouts.samples,
+            seed=fold_key("rollouts", *self._keys, generation, refill) % 2**31,
+        )
+        completions = self._completions(params, self._asked(places), sampling)
+        seconds = time.perf_counter() - start
+        return Begun(generation, refill, position, places, completions, limit, seconds, warnings)
 
-        def groups_of(count: int, refill: int) -> Groups:
+    def verify(self, begun: Begun) -> tuple[Verdicts, float]:
+        """What the verifiers say, and the seconds that it took them."""
+        start = time.perf_counter()
+        verdicts = verify(self._reward, self._asked(begun.places), begun.completions)
+        return verdicts, time.perf_counter() - start
+
+    def complete(self, begun: Begun, verified: tuple[Verdicts, float], params: nnx.State) -> Generated:
+        """The generation, with further prompts in place of those that teach nothing, if it is to have them.
+
+        Args:
+            params: those that made the completions.
+        """
+        rollouts, generation, limit, warnings = self.settings.rollouts, begun.generation, begun.limit, []
+        position, seconds = begun.position, {"generation": 0.0, "reward": 0.0}
+
+        def graded(begun: Begun, verified: tuple[Verdicts, float]) -> Groups:
             nonlocal position
-            places, position, exceptions = self.sampling_policy.draw(position, generation, count)
-            if exceptions:
-                warnings.append(
-                    f"generation {generation + 1}: no pass rate of a whole corpus is in the curriculum's range, so "
-                    f"{exceptions} of {count} prompts were asked in their turn"
-                )
-            groups = self._groups(params, generation, refill, places, limit, seconds)
-            position = self.sampling_policy.seen(position, places, groups.grades.reward_PG)
-            return groups
+            verdicts, seconds_of_reward = verified
+            grades = grade(verdicts, self.settings.rewards, begun.completions, max_new_tokens=limit)
+            position = self.sampling_policy.seen(begun.position, begun.places, grades.reward_PG)
+            seconds["generation"] += begun.seconds
+            seconds["reward"] += seconds_of_reward
+            warnings.extend(begun.warnings)
+            return Groups(begun.places, begun.completions, grades)
 
-        first = groups = groups_of(self.num_prompts, refill=0)
+        first = groups = graded(begun, verified)
         refills, informative_P = 0, self._informative(groups)
         while rollouts.dynamic_sampling and refills < rollouts.max_refills and not informative_P.all():
             refills += 1
             missing = int(np.sum(~informative_P))
-            further = groups_of(missing, refill=refills)
+            more = self.begin(generation, position, params, refill=refills, count=missing)
+            further = graded(more, self.verify(more))
             order = np.argsort(~informative_P, kind="stable")
             groups = groups.take(order[: len(order) - missing].tolist()).and_also(further)
             informative_P = self._informative(groups)
@@ -159,7 +197,7 @@ class Collector:
         tokens = sum(len(each.ids) for group in first.completions for each in group)
         timing = {f"{name}_seconds": value for name, value in seconds.items()}
         timing["generated_tokens_per_second"] = tokens / max(seconds["generation"], 1e-9)
-        asked = [self.sampling_policy.prompt(place) for place in groups.places]
+        asked = self._asked(groups.places)
         return Generated(
             rows=as_rows(asked, groups.completions, self._length),
             score_PG=groups.grades.score_PG,
@@ -223,7 +261,10 @@ class Collector:
         for name, prompts in self._prompts.items():
             if held_out := list(prompts.validation[:most]):
                 completions = self._completions(params, held_out, dataclasses.replace(self._sampling, temperature=0.0))
-                grades = self._grades(held_out, completions, self.settings.rollouts.max_new_tokens)
+                verdicts = verify(self._reward, held_out, completions)
+                grades = grade(
+                    verdicts, self.settings.rewards, completions, max_new_tokens=self._sampling.max_new_tokens
+                )
                 rewards[name] = float(np.nanmean(grades.reward_PG))
         return rewards
 
@@ -243,30 +284,8 @@ class Collector:
             repetition_probability=rollouts.repetition_probability,
         )
 
-    def _groups(
-        self,
-        params: nnx.State,
-        generation: int,
-        refill: int,
-        places: list[Place],
-        limit: int,
-        seconds: dict[str, float],
-    ) -> Groups:
-        """The completions of prompts, of `limit` tokens at most, with their grades."""
-        prompts = [self.sampling_policy.prompt(place) for place in places]
-        begin = time.perf_counter()
-        sampling = dataclasses.replace(
-            self._sampling,
-            max_new_tokens=limit,
-            samples=self.settings.rollouts.samples,
-            seed=fold_key("rollouts", *self._keys, generation, refill) % 2**31,
-        )
-        completions = self._completions(params, prompts, sampling)
-        middle = time.perf_counter()
-        grades = self._grades(prompts, completions, limit)
-        seconds["generation"] += middle - begin
-        seconds["reward"] += time.perf_counter() - middle
-        return Groups(places, completions, grades)
+    def _asked(self, places: Sequence[Place]) -> list[Prompt]:
+        return [self.sampling_policy.prompt(place) for place in places]
 
     def _completions(self, params: nnx.State, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
         generator = self._generator_of(params)
@@ -290,9 +309,6 @@ class Collector:
             self._generator = Generator(self._model, weights, settings, mesh=mesh, tokenizer=self._tokenizer)
         self._generator.params = weights
         return self._generator
-
-    def _grades(self, prompts: list[Prompt], completions: list[list[Completion]], limit: int) -> Grades:
-        return grade(self._reward, self.settings.rewards, prompts, completions, max_new_tokens=limit)
 
     def _informative(self, groups: Groups) -> np.ndarray:
         return informative_groups(groups.grades.score_PG, self.settings.advantages)

@@ -62,8 +62,8 @@ class RolloutConfig:
     samples: int  # completions of each prompt
     updates: int  # optimizer steps on the rollouts of one policy: MiniMax-M1's 16 rounds
     epochs: int  # passes over these rollouts that the updates make: PPO's; 1 trains on every completion once
-    # Generations between the policy that makes rollouts and the one that trains on them. 1: the next rollouts are made
-    # while the present ones are trained on, and corrected by rollout_correction.
+    # Generations between the policy that makes rollouts and the one that first trains on them. 1: the next rollouts are
+    # made before the updates on the present ones, verified meanwhile, and corrected by rollout_correction.
     staleness: Literal[0, 1]
     max_new_tokens: int  # prompts that leave less than that of the context are left out
     lengths: LengthsConfig | None  # up to max_new_tokens; none: that from the beginning
@@ -159,6 +159,8 @@ class RewardConfig:
     weights: dict[str, float]  # by the names of lightning_jax/reinforcement/grading.py
     reward_model: RewardModelUseConfig | None
     judge: JudgeConfig | None
+    code_workers: int  # programs that run at the same time, of reward "code"
+    unsafe_code: bool  # without a sandbox, on a machine that anything may happen to
     length_alarm: float  # says where the correlation of reward and length among a prompt's completions is above it
     # Of a completion that was cut or repeats itself. replace: is the reward (Tulu 3); subtract: is taken off it (TRL).
     unfinished: Literal["keep", "replace", "subtract"]
@@ -168,6 +170,8 @@ class RewardConfig:
 
     def problems(self) -> list[str]:
         found = [] if self.weights else ["weights: no reward; name one"]
+        if self.code_workers < 1:
+            found.append(f"code_workers: {self.code_workers} is too small; at least 1")
         users = {"reward_model": ("reward_model",), "judge": ("graded_judge", "pairwise_judge", "minimax_m1")}
         for section, names in users.items():
             if getattr(self, section) is None and (used := [name for name in names if name in self.weights]):

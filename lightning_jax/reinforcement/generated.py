@@ -16,6 +16,28 @@ from lightning_jax.reinforcement.grading import Grades
 from lightning_jax.reinforcement.sampling_policy import Place, Position
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Completions of prompts that nobody has graded yet.
+
+    Attributes:
+        generation, refill: of which they are; 0 for the first prompts of a generation.
+        position: behind these prompts.
+        limit: of a completion's tokens.
+        seconds: that the completions took.
+        warnings: what somebody should know.
+    """
+
+    generation: int
+    refill: int
+    position: Position
+    places: list[Place]
+    completions: list[list[Completion]]
+    limit: int
+    seconds: float
+    warnings: list[str]
+
+
 @dataclass
 class Groups:
     """Prompts with their completions and what these are worth."""

@@ -32,7 +32,6 @@ from lightning_jax.rewards import (
     MathReward,
     PairwiseJudge,
     Rescaled,
-    Reward,
     RewardFunction,
     RewardModelReward,
     Sandbox,
@@ -56,7 +55,8 @@ class Opening:
         return self.stack.enter_context(MathReward())
 
     def code(self) -> RewardFunction:
-        return CodeReward(self.stack.enter_context(Sandbox()))
+        sandbox = Sandbox(self.config.code_workers, unsafe=self.config.unsafe_code)
+        return CodeReward(self.stack.enter_context(sandbox))
 
     def tulu3(self) -> RewardFunction:
         """By the data sets of RLVR-GSM-MATH-IF-Mixed."""
@@ -116,6 +116,13 @@ def open_rewards(config: RewardConfig, stack: contextlib.ExitStack, say: Callabl
     return WeightedSum({name: (weight, REWARDS[name](opening)) for name, weight in config.weights.items()})
 
 
+class Verdicts(NamedTuple):
+    """What verifiers say of completions [N], on process 0; nothing on the others."""
+
+    reward_N: np.ndarray  # float64; NaN where they could not
+    reasons: list[str]
+
+
 class Grades(NamedTuple):
     """What completions are worth."""
 
@@ -124,15 +131,11 @@ class Grades(NamedTuple):
     reasons: list[list[str]]  # on process 0; "" on the others
 
 
-def grade(
-    function: RewardFunction,
-    config: RewardConfig,
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Sampled]],
-    *,
-    max_new_tokens: int,
-) -> Grades:
-    """Grades the completions of each prompt; process 0 asks the verifiers, for clocks may tell processes apart."""
+def verify(function: RewardFunction, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sampled]]) -> Verdicts:
+    """Asks the verifiers about the completions of each prompt, on process 0: clocks may tell processes apart.
+
+    It uses no devices but those of the rewards, and so may run beside a training step.
+    """
     completions = [
         Completion(
             prompt=prompt.chat,
@@ -144,17 +147,34 @@ def grade(
         for prompt, group in zip(prompts, groups, strict=True)
         for sampled in group
     ]
-    first = jax.process_index() == 0
-    rewards: Sequence[Reward | None] = function(completions) if first else [None] * len(completions)
-    values = np.array([np.nan if reward is None or reward.score is None else reward.score for reward in rewards])
-    values = np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values
+    if jax.process_index():
+        return Verdicts(np.full(len(completions), np.nan), [""] * len(completions))
+    rewards = function(completions)
+    values = [np.nan if reward.score is None else reward.score for reward in rewards]
+    return Verdicts(np.array(values), [reward.reason for reward in rewards])
+
+
+def grade(
+    verdicts: Verdicts, config: RewardConfig, groups: Sequence[Sequence[Sampled]], *, max_new_tokens: int
+) -> Grades:
+    """Scores by the verdicts, the same on all processes."""
+    reward_N = verdicts.reward_N
+    if jax.process_count() > 1:
+        reward_N = np.asarray(multihost_utils.broadcast_one_to_all(reward_N))
+    sampled = [each for group in groups for each in group]
     scores = [
-        shaped(value, config, completion.tokens, finished=completion.finished, max_new_tokens=max_new_tokens)
-        for value, completion in zip(values, completions, strict=True)
+        shaped(
+            reward,
+            config,
+            len(each.ids),
+            finished=each.finish_reason == "stop",
+            max_new_tokens=max_new_tokens,
+        )
+        for reward, each in zip(reward_N, sampled, strict=True)
     ]
     shape = (len(groups), -1)
-    reasons = np.array(["" if reward is None else reward.reason for reward in rewards], object)
-    return Grades(values.reshape(shape), np.array(scores).reshape(shape), reasons.reshape(shape).tolist())
+    reasons = np.array(verdicts.reasons, object).reshape(shape).tolist()
+    return Grades(reward_N.reshape(shape), np.array(scores).reshape(shape), reasons)
 
 
 def shaped(reward: float, config: RewardConfig, tokens: int, *, finished: bool, max_new_tokens: int) -> float:

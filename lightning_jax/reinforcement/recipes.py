@@ -51,7 +51,7 @@ def value_model(
     schedule: ConfigDict,
     warmup_steps: int = 0,
 ) -> ConfigDict:
-    """Tulu 3's (arXiv 2411.15124, table 20): generalized advantages with lambda 0.95, the score behind the end."""
+    """Tulu 3's (arXiv 2411.15124, section 6): generalized advantages with lambda 0.95, the score behind the end."""
     return ConfigDict(
         {
             "reward_model": reward_model,
@@ -119,6 +119,7 @@ def rewards(
     overlong_buffer: int = 0,
     model: Mapping[str, str | float] | None = None,
     judge: Mapping[str, str | float | int] | None = None,
+    code_workers: int = 2,
     **weights: float,
 ) -> dict[str, object]:
     """The weighted sum of rewards by their names; `model` and `judge` are what "reward_model" and judges need."""
@@ -126,6 +127,8 @@ def rewards(
         "weights": weights,
         "reward_model": model,
         "judge": judge,
+        "code_workers": code_workers,
+        "unsafe_code": False,
         "length_alarm": 0.3,  # ours
         "unfinished": unfinished,
         "unfinished_score": unfinished_score,

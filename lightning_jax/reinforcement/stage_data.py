@@ -27,8 +27,8 @@ from lightning_jax.references.live import kept_params
 from lightning_jax.references.place import Key, Place
 from lightning_jax.reinforcement.collecting import Collected, Collector
 from lightning_jax.reinforcement.experience import delete_others, digest, path_of, read_rows, write_rows
-from lightning_jax.reinforcement.generated import Generated
-from lightning_jax.reinforcement.grading import open_rewards
+from lightning_jax.reinforcement.generated import Begun, Generated
+from lightning_jax.reinforcement.grading import Verdicts, open_rewards
 from lightning_jax.reinforcement.sampling_policy import Position
 from lightning_jax.train_step import Batch, TrainState
 
@@ -68,9 +68,9 @@ class Record(Protocol):
 class RolloutData:
     """Rollouts as batches (a `StageData`), and what a run needs to go on with them.
 
-    With a staleness of 1 the rollouts of the next generation are made from a copy of the policy while the present one's
-    are trained on, by a thread: on one device the devices take turns, and only what verifiers compute is gained. Hosts
-    that compute together must agree on whose turn it is, and make them before the first update.
+    With a staleness of 1 the completions of the next generation are made before the first update on the present one,
+    and verified, by a thread, while the updates go on. Devices that serve both take turns, so it is the verifiers' time
+    that is gained; the thread leaves devices alone, whose programs all hosts must start in one order.
 
     Args:
         state: to go on from; the policy is the reference where the stage begins.
@@ -99,8 +99,7 @@ class RolloutData:
         self._seed = config.seed
         self._stack = contextlib.ExitStack()
         reward = open_rewards(self._settings.rewards, self._stack, place.say)
-        self._waits = True  # whether nothing else is done while rollouts are made
-        self._collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, self._progress)
+        self._collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
         self._reference: nnx.State | None = None
         self.reference_key: Key | None = None
         if self._settings.policy_gradient.kl_coefficient:
@@ -109,7 +108,8 @@ class RolloutData:
         self._saved: Saved = saved or {}
         self._rows: HostBatch | None = None
         self._made = Position()
-        self._ahead: Future[Generated] | None = None
+        self._ahead: Generated | None = None
+        self._begun: tuple[Begun, Future[tuple[Verdicts, float]], nnx.State | None] | None = None
         self._thread = ThreadPoolExecutor(1) if self._settings.rollouts.staleness else None
         if saved:
             self._restore((int(state.step) - place.stage.first_step - 1) // self._updates)
@@ -121,7 +121,7 @@ class RolloutData:
 
     @property
     def position(self) -> Saved:
-        """What a checkpoint keeps; waits for rollouts that are made ahead."""
+        """What a checkpoint keeps; waits for the verifiers of rollouts that are made ahead."""
         self._settle()
         return self._saved
 
@@ -147,7 +147,7 @@ class RolloutData:
 
     def validation_rewards(self, params: nnx.State, most: int) -> dict[str, float]:
         """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
-        self._settle()
+        self._settle()  # verifiers do one thing at a time
         return self._collector.validation_rewards(params, most)
 
     def close(self) -> None:
@@ -156,7 +156,8 @@ class RolloutData:
         self._stack.close()
 
     def _make(self, generation: int, step: int, state: TrainState) -> HostBatch:
-        generated = self._settle() or self._collector.generate(generation, self._made, state.params)
+        self._settle()
+        generated = self._ahead or self._collector.generate(generation, self._made, state.params)
         value = state.value and state.value.params
         collected = self._collector.finish(generation, generated, state.params, self._reference, value)
         self._made, self._ahead = generated.position, None
@@ -166,34 +167,24 @@ class RolloutData:
             write_rows(self._path(generation), arrays)
             delete_others(self._place.run, self._stage.name, {generation, *self._needed_by_checkpoints()})
         if self._thread and generation + 1 < self._collector.num_generations:
-            self._make_ahead(generation + 1, state.params)
+            begun = self._collector.begin(generation + 1, self._made, state.params)
+            # The next step uses these parameters up, and further prompts would be asked of them.
+            kept = jax.tree.map(jnp.copy, state.params) if self._settings.rollouts.dynamic_sampling else None
+            self._begun = begun, self._thread.submit(self._collector.verify, begun), kept
         self._record(self._stage.first_step + step + 1, collected)
         return collected.rows
 
-    def _make_ahead(self, generation: int, params: nnx.State) -> None:
-        """Begins to make the rollouts of a generation by these parameters, which the next step uses up."""
-        params, position = jax.tree.map(jnp.copy, params), self._made
-
-        def make() -> Generated:
-            generated = self._collector.generate(generation, position, params)
-            if jax.process_index() == 0:
-                write_rows(self._path(generation, ahead=True), generated.arrays())
-            return generated
-
-        self._waits = False
-        self._ahead = self._thread.submit(make)
-        if jax.process_count() > 1:
-            self._settle()
-
-    def _settle(self) -> Generated | None:
-        """The rollouts that are made ahead, once they are there; None where there are none."""
-        self._waits = True
-        if self._ahead is None:
-            return None
-        generated = self._ahead.result()
-        if "ahead" not in self._saved:
-            self._saved |= {"ahead": digest(generated.arrays())}
-        return generated
+    def _settle(self) -> None:
+        """Completes the generation that is made ahead, if one is."""
+        if self._begun is None:
+            return
+        begun, verified, params = self._begun
+        self._place.progress("waiting for the verifiers")
+        self._ahead, self._begun = self._collector.complete(begun, verified.result(), params), None
+        arrays = self._ahead.arrays()
+        self._saved |= {"ahead": digest(arrays)}
+        if jax.process_index() == 0:
+            write_rows(self._path(begun.generation, ahead=True), arrays)
 
     def _restore(self, generation: int) -> None:
         """Goes on behind or in the middle of a generation."""
@@ -201,13 +192,8 @@ class RolloutData:
         self._made = Position.of_arrays(arrays)
         self._rows = {name: array for name, array in arrays.items() if name not in self._made.arrays()}
         if "ahead" in self._saved:
-            self._ahead = Future()
             ahead = read_rows(self._path(generation + 1, ahead=True), self._saved["ahead"])
-            self._ahead.set_result(Generated.of_arrays(ahead))
-
-    def _progress(self, doing: str) -> None:
-        if self._waits:
-            self._place.progress(doing)
+            self._ahead = Generated.of_arrays(ahead)
 
     def _path(self, generation: int, *, ahead: bool = False) -> Path:
         return path_of(self._place.run, self._stage.name, generation, ahead=ahead)

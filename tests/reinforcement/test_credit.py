@@ -15,15 +15,15 @@ from lightning_jax.optimizers import OptimizerConfig, ScheduleConfig
 from lightning_jax.reinforcement.config import RewardConfig, ValueConfig
 from lightning_jax.reinforcement.credit import with_credit, with_value_mask
 from lightning_jax.reinforcement.grading import shaped
+from lightning_jax.reinforcement.recipes import rewards
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "ppo.npz")
 B, T = GOLDEN["values"].shape
 BETA, PENALTY = 0.05, 4.0
-PLAIN = RewardConfig({"gsm8k": 1.0}, None, None, 1.0, "keep", 0.0, 0)
 UNFINISHED = {
-    "verl": PLAIN,
-    "open_instruct": RewardConfig({"gsm8k": 1.0}, None, None, 1.0, "replace", -10.0, 0),
-    "trl": RewardConfig({"gsm8k": 1.0}, None, None, 1.0, "subtract", PENALTY, 0),
+    "verl": RewardConfig(**rewards(gsm8k=1.0)),
+    "open_instruct": RewardConfig(**rewards(gsm8k=1.0, unfinished="replace", unfinished_score=-10.0)),
+    "trl": RewardConfig(**rewards(gsm8k=1.0, unfinished="subtract", unfinished_score=PENALTY)),
 }
 
 

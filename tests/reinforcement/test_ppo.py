@@ -110,7 +110,7 @@ def test_stale_rollouts_are_those_of_the_policy_before_and_corrected_as_such(fol
 
 
 def test_a_reward_model_of_our_own_is_reward_and_beginning_of_a_value(folder, capsys):
-    """It is trained to like short answers; the policy learns to stop, and the record shows what the reward likes."""
+    """It is trained to like some answers; the policy learns to give what it likes."""
     pairs = []
     for number in range(200):
         question = {"role": "user", "content": str(number)}
@@ -134,9 +134,10 @@ def test_a_reward_model_of_our_own_is_reward_and_beginning_of_a_value(folder, ca
     more |= {f"{section}__weights": "{reward_model:1}", "stages__rl__reinforcement__rollouts__samples": 8}
     more |= {"stages__rl__schedule__peak": 1e-2, "stages__rl__schedule__final": 1e-2, "checkpoints__every_steps": 0}
     assert train.main(tiny_reinforcement.arguments(folder, "by_model", steps=12 * UPDATES, **more)) == 0
-    rows = [row for row in metrics(folder / "by_model") if "reward" in row]
-    assert np.mean([row["reward"] for row in rows[-3:]]) > np.mean([row["reward"] for row in rows[:3]]) + 0.5
-    assert np.mean([row["length_correlation"] for row in rows if "length_correlation" in row]) < -0.3
+    likeliest = [
+        row["validation_reward"]["arithmetic"] for row in metrics(folder / "by_model") if "validation_reward" in row
+    ]
+    assert likeliest[-1] > likeliest[0] + 1
     sample = lines(folder / "by_model", "samples.jsonl")[0]
     assert "reward_model" in sample["reason"]
 
