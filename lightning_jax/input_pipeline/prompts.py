@@ -5,7 +5,7 @@ Records are those of `chat_prompt`. Prompts are held in memory: a hundred thousa
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,13 @@ class Prompts:
         return f"{self.name}: {len(self.train):,} prompts, {len(self.validation):,} held out; {self.report}"
 
 
-def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_tokens: int) -> Prompts:
+def read_prompts(
+    name: str, config: DataConfig, tokenizer: Tokenizer, *, most_tokens: int, fields: Collection[str] = ()
+) -> Prompts:
     """The prompts of the corpus that the config calls `name`; longer ones than `most_tokens` are left out and counted.
+
+    Args:
+      fields: of records, that are asked for besides those that verifiers read.
 
     Raises:
       SourceError: there is no prompt, or none that is short enough.
@@ -90,7 +95,7 @@ def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_to
     report = RecordReport()
     chats: list[list[Message]] = []
     records: list[dict[str, Any]] = []
-    for location, record in _records(name, config):
+    for location, record in _records(name, config, fields):
         asked = chat_prompt(record)
         if isinstance(asked, Problem):
             report.skip(location, asked)
@@ -131,7 +136,7 @@ def _end_of_turn(name: str, config: DataConfig, tokenizer: Tokenizer) -> int:
     return last
 
 
-def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
+def _records(name: str, config: DataConfig, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
     corpus: CorpusConfig = config.corpora[name]
     if corpus.format == "generated":
         for number, record in enumerate(word_problems.conversations(), start=1):
@@ -145,4 +150,4 @@ def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
         if corpus.format == "jsonl":
             yield from read_json_records(path, config.max_document_bytes)
         else:
-            yield from read_parquet_records(path, _COLUMNS)
+            yield from read_parquet_records(path, {*_COLUMNS, *fields})
