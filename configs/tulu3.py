@@ -22,11 +22,11 @@ begins with fresh weights and goes through sft and dpo.
 | 405b | 405,853,388,800 | 256 GPUs of 80 GB and more | no number quoted here |
 
 sft (section 4): AdamW (0.9, 0.999) without weight decay or clipping, linear fall to 0 after 3% of warm-up, 2 passes,
-128 chats of up to 4,096 tokens a batch, 5e-6 (8b) or 2e-6 (70b); the loss is each chat's sum over the assistant's
-tokens, averaged over the batch's chats, which is the published sum loss where a micro-batch is one chat. dpo (section
-5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to 2,048 tokens, 5e-7 (8b)
-or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs, epsilon 1e-5; the paper
-trains it for 8b and takes that one for all sizes.
+128 chats of up to 4,096 tokens a batch, 5e-6 and seed 123 (8b) or 2e-6 and 456 (70b); the loss is each chat's sum over
+the assistant's tokens, averaged over the batch's chats, which is the published sum loss where a micro-batch is one
+chat. dpo (section 5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to
+2,048 tokens, 5e-7 (8b) or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs,
+epsilon 1e-5; the paper trains it for 8b and takes that one for all sizes.
 
 rlvr (section 6): PPO on the dpo model, with the 8b reward model (runs/tulu3_8b_rm) as the beginning of the value model
 and no other use of it, on prompts of GSM8K, MATH and IFEval (405b: of MATH, data/tulu3/rlvr_math): 10 for a right
@@ -79,6 +79,7 @@ LORA = {"rank": 64, "alpha": 32.0, "targets": (*MIXER_WEIGHTS["softmax"], *FEED_
 ADAMW = adamw(beta2=0.999, weight_decay=0.0, clip_norm=0.0)
 REWARD_ADAMW = adamw(beta2=0.999, weight_decay=0.0, epsilon=1e-5, clip_norm=0.0)
 SFT = {"8b": (5e-6, 128), "70b": (2e-6, 128), "405b": (2e-6, 128)}  # learning rate, chats; 405b undisclosed: 70b's
+SEEDS = {"8b": 123, "70b": 456}  # published
 DPO = {"8b": (5e-7, 128), "70b": (2e-7, 128), "405b": (2e-7, 256)}  # learning rate, pairs
 RLVR = {  # learning rate, share of warm-up, coefficient of the divergence, completions of a generation, of the stage
     "8b": (3e-7, 0.0, 0.05, 224, 10_000_000),
@@ -124,6 +125,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
     if size in ("70b", "405b"):
         # The reward model is 8b's for all sizes, and so is the value model that begins as it.
         config.stages.rlvr.reinforcement.value.model = _config("8b", recipe).model
+    config.seed = SEEDS.get(size, 0)
     config.metrics.sample_prompts = ("", "", "")  # as many held-out questions are answered
     return config
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
+from lightning_jax.generation.exact import drawn_tokens
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.models import HybridLM, ModelConfig, RewardModel, lora
 from lightning_jax.models.operators import Operators
@@ -56,9 +57,10 @@ class Programs:
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
+        self._moments_on_host = config.mesh.moments == "host"
 
         def operators_of(model: ModelConfig) -> Operators:
-            return parallel.operators(self.mesh, model, config.mesh.sequence_attention)
+            return parallel.operators(self.mesh, model, config.mesh.sequence_attention, config.mesh.gradient_dtype)
 
         operators = operators_of(config.model)
         self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
@@ -96,15 +98,23 @@ class Programs:
         self._create, self._create_value = create, create_value
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
-        self.abstract_state = parallel.abstract(shapes, self.mesh)
+        if self._moments_on_host:
+            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
+            self._shardings = self._shardings._replace(opt_state=on_host)
+            if value := self._shardings.value:
+                on_host = parallel.on_host(value.opt_state, shapes.value.opt_state, self.mesh)
+                self._shardings = self._shardings._replace(value=value._replace(opt_state=on_host))
+        self.abstract_state = jax.tree.map(
+            lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings
+        )
 
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
-        return parallel.create_sharded(self._create, self.mesh)
+        return jax.jit(self._create, out_shardings=self._shardings)()
 
     def first_value(self) -> TrainState:
         """The state of the value model that a run with one begins with."""
-        return parallel.create_sharded(self._create_value, self.mesh)
+        return jax.jit(self._create_value, out_shardings=self._shardings.value)()
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -122,12 +132,14 @@ class Programs:
             "num_micro_batches": num_micro_batches(stage.config, rows, self.shards),
         }
         optimizer, rate = self.optimizer(stage), self._learning_rate(stage)
-        step = make_train_step(self.graphdef, self.objective(stage), optimizer, rate, **place)
-        if value := stage.config.value:
+        value = stage.config.value
+        trains_from = stage.first_step + (value.warmup_steps if value else 0)
+        step = make_train_step(self.graphdef, self.objective(stage), optimizer, rate, trains_from=trains_from, **place)
+        if value:
             objective = Value(self.value_model, value.clip, value.coefficient, stage.config.rope_theta)
             optimizer, rate = self.value_optimizer(stage), self._value_learning_rate(stage)
             value_step = make_train_step(self.value_graphdef, objective, optimizer, rate, **place)
-            step = with_value_step(step, value_step, policy_from=stage.first_step + value.warmup_steps)
+            step = with_value_step(step, value_step)
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
 
     def evaluation_step(self, stage: Stage) -> Callable[[nnx.State, Batch], Any]:
@@ -165,10 +177,19 @@ class Programs:
 
         return jax.jit(values, out_shardings=self._rows)
 
+    def draw_step(self, stage: Stage) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+        """(weights, batch) -> at every place the token [B, T] that the training forward draws, its log-probability."""
+        given = {"temperature": stage.config.reinforcement.rollouts.temperature, "rope_theta": stage.config.rope_theta}
+
+        def draws(weights: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return drawn_tokens(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)
+
+        return jax.jit(draws, out_shardings=self._rows)
+
     def by_rows(
-        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], weights: nnx.State, rows: HostBatch
-    ) -> np.ndarray:
-        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
+        self, stage: Stage, step: Callable[[nnx.State, Batch], Any], weights: nnx.State, rows: HostBatch
+    ) -> Any:
+        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and results."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
         share = count // self.host.count
         results = []
@@ -177,8 +198,8 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(np.asarray(multihost_utils.process_allgather(step(weights, batch), tiled=True)))
-        return np.concatenate(results)[:num_rows]
+            results.append(multihost_utils.process_allgather(step(weights, batch), tiled=True))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
         """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
@@ -205,10 +226,13 @@ class Programs:
         return NextToken(model, settings.rope_theta, settings.reduction)
 
     def optimizer(self, stage: Stage) -> Any:
-        return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
+        return build_optimizer(
+            stage.config.optimizer, self._learning_rate(stage), moments_on_host=self._moments_on_host
+        )
 
     def value_optimizer(self, stage: Stage) -> Any:
-        return build_optimizer(stage.config.value.optimizer, self._value_learning_rate(stage))
+        rate = self._value_learning_rate(stage)
+        return build_optimizer(stage.config.value.optimizer, rate, moments_on_host=self._moments_on_host)
 
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""

@@ -32,7 +32,7 @@ from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.planning.hardware import slice_of
 from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
-from lightning_jax.references import Place, Reference, reference_of
+from lightning_jax.references import Reference, RunningStage, reference_of
 from lightning_jax.reinforcement.collecting import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.reinforcement.stage_data import check as check_reinforcement
@@ -271,18 +271,18 @@ class Trainer:
         """The batches of a stage from the state's step on, and what measures parameters on what is held out."""
         begins = int(state.step) == stage.first_step
         saved_key = None if begins else self._metadata["references"].get(stage.name)
-        place = Place(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
+        running = RunningStage(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
         evaluation_batches = self.config.metrics.evaluation_batches
         if stage.config.reinforcement:
             saved = None if begins else self._metadata["rollouts"][stage.name]
             prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
             record = functools.partial(self._record_rollouts, stage)
-            data = RolloutData(self.config, prompts, self.data.tokenizer, state, saved, place, record)
+            data = RolloutData(self.config, prompts, self.data.tokenizer, state, saved, running, record)
             self._metadata["references"] |= {stage.name: data.reference_key}
             most = evaluation_batches * stage.config.reinforcement.rollouts.slots
             return data, lambda params: {"validation_reward": data.validation_rewards(params, most)}
         corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
-        reference = reference_of(state, corpora, place) if stage.config.preference else Reference(corpora)
+        reference = reference_of(state, corpora, running) if stage.config.preference else Reference(corpora)
         self._metadata["references"] |= {stage.name: reference.key}
         batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
         data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)

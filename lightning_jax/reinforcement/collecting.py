@@ -21,6 +21,7 @@ from flax import nnx
 
 from lightning_jax.config import RunConfig
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, log_prob_gap
+from lightning_jax.generation.exact import Draw, exact_completions
 from lightning_jax.input_pipeline import Mixture
 from lightning_jax.input_pipeline.packing import Batch
 from lightning_jax.input_pipeline.prompts import Prompt, Prompts
@@ -110,6 +111,7 @@ class Collector:
         self._generator: Generator | None = None
         self._log_probs = programs.policy_log_prob_step(stage)
         self._values = programs.value_step(stage) if self.settings.value else None
+        self._draws = programs.draw_step(stage) if self.settings.rollouts.mode == "exact" else None
 
     def generate(self, generation: int, position: Position, params: nnx.State) -> Generated:
         """Completions by the policy `params`, and their grades."""
@@ -196,7 +198,8 @@ class Collector:
             )
         tokens = sum(len(each.ids) for group in first.completions for each in group)
         timing = {f"{name}_seconds": value for name, value in seconds.items()}
-        timing["generated_tokens_per_second"] = tokens / max(seconds["generation"], 1e-9)
+        rates = {"generation": "generated", "reward": "rewarded"}
+        timing |= {f"{done}_tokens_per_second": tokens / max(seconds[part], 1e-9) for part, done in rates.items()}
         asked = self._asked(groups.places)
         return Generated(
             rows=as_rows(asked, groups.completions, self._length),
@@ -240,13 +243,21 @@ class Collector:
             total_PG = np.sum(divergence_NT, axis=1).reshape(self.num_prompts, -1)
             advantages_PG = group_advantages(score_PG - total_PG, settings.advantages)
             rows = with_advantages(rows, advantages_PG, generated.used_P)
-        timing = generated.timing | {"scoring_seconds": time.perf_counter() - begin}
+        seconds = time.perf_counter() - begin
+        rate = int(np.sum(generated.rows["loss_mask"])) / max(seconds, 1e-9)
+        timing = generated.timing | {"scoring_seconds": seconds, "scored_tokens_per_second": rate}
         warnings = list(generated.warnings)
         if metrics["probability_correlation"] < settings.rollouts.correlation_alarm:
             warnings.append(
                 f"generation {generation + 1}: probabilities of rollouts and trainer correlate by "
                 f"{metrics['probability_correlation']:.4f}, below {settings.rollouts.correlation_alarm}; see "
                 "lightning_jax/generation/README.md for modes in which they are nearer"
+            )
+        if settings.rollouts.mode == "exact" and not settings.rollouts.staleness and metrics["log_prob_gap_max"]:
+            warnings.append(
+                f"generation {generation + 1}: log-probabilities of exact rollouts are up to "
+                f"{metrics['log_prob_gap_max']:.1e} nats from the trainer's; here its forward depends on what shares "
+                "a batch"
             )
         advantage_N = np.sum(rows[ADVANTAGES], axis=1) / np.maximum(np.sum(rows["loss_mask"], axis=1), 1)
         logged = [
@@ -291,10 +302,22 @@ class Collector:
         generator = self._generator_of(params)
         groups: list[list[Completion]] = [[] for _ in prompts]
         self._progress("making rollouts")
-        for completion in generator.generate([prompt.ids for prompt in prompts], sampling):
+        ids = [prompt.ids for prompt in prompts]
+        if self._draws and sampling.temperature:
+            completions = exact_completions(generator, self._drawn(params), ids, sampling, self._length)
+        else:
+            completions = generator.generate(ids, sampling)
+        for completion in completions:
             groups[completion.prompt].append(completion)
             self._progress("making rollouts")
         return [sorted(group, key=lambda completion: completion.sample) for group in groups]
+
+    def _drawn(self, params: nnx.State) -> Draw:
+        def draw(rows: Batch) -> tuple[np.ndarray, np.ndarray]:
+            self._progress("drawing rollouts by the training forward")
+            return self._programs.by_rows(self.stage, self._draws, self._programs.weights(params), rows)
+
+        return draw
 
     def _generator_of(self, params: nnx.State) -> Generator:
         mesh, weights = self._programs.to_generate(params)

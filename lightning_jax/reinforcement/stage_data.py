@@ -24,7 +24,7 @@ from lightning_jax.input_pipeline.shuffle import fold_key, shuffled
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
-from lightning_jax.references.place import Key, Place
+from lightning_jax.references.running_stage import Key, RunningStage
 from lightning_jax.reinforcement.collecting import Collected, Collector
 from lightning_jax.reinforcement.experience import delete_others, digest, path_of, read_rows, write_rows
 from lightning_jax.reinforcement.generated import Begun, Generated
@@ -91,7 +91,7 @@ class RolloutData:
         tokenizer: Tokenizer,
         state: TrainState,
         saved: Saved | None,
-        place: Place,
+        place: RunningStage,
         record: Record,
     ):
         self._place, self._stage, self._record = place, place.stage, record

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import lightning_attention
+from pallas_kernels import lightning_attention, sequence_parallel_lightning_attention
 from pallas_kernels.gpu.plans import HEAD_DIMS, OLDEST_JAX, choose_plans
 
 if jax.__version_info__[:2] < OLDEST_JAX:
@@ -123,6 +123,21 @@ def test_shard_map_checks_what_varies_over_the_mesh():
         mesh=Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")),
         in_specs=(by_head, by_head, by_head, PartitionSpec("tensor"), PartitionSpec("data")),
         out_specs=by_head,
+    )
+    gradients = jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    assert "mosaic_gpu" in lower(gradients, q, k, v, log_decay, ids)
+
+
+def test_a_sequence_over_devices_is_lowered():
+    q, k, v, log_decay, ids, _ = arrays(2, 8 * 100, 4, 64, documents=True)
+    pieces = PartitionSpec(None, "sequence")
+    sharded = jax.shard_map(
+        lambda q, k, v, log_decay, ids: sequence_parallel_lightning_attention(
+            q, k, v, log_decay, axis_name="sequence", segment_ids=ids, implementation="pallas_gpu"
+        ),
+        mesh=Mesh(np.array(jax.devices()), ("sequence",)),
+        in_specs=(pieces, pieces, pieces, PartitionSpec(), pieces),
+        out_specs=pieces,
     )
     gradients = jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     assert "mosaic_gpu" in lower(gradients, q, k, v, log_decay, ids)
