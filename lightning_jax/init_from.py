@@ -60,7 +60,7 @@ def begin_value(state: TrainState, stage: Stage, programs: Programs, say: Say) -
     """
     value = programs.first_value()
     if folder := stage.config.value.reward_model:
-        weights, step = restore_weights(Path(folder), programs.value_model, programs.mesh, kind=RewardModel, say=say)
+        weights, step = restore_weights(Path(folder), programs.value.model, programs.mesh, kind=RewardModel, say=say)
         say(f"stage {stage.name}: the value model begins as the reward model of step {step} of {folder}")
     else:
         weights = nnx.State({"backbone": jax.tree.map(jnp.copy, programs.merged(state.params))})

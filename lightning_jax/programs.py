@@ -14,12 +14,10 @@ from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.generation.exact import drawn_tokens
 from lightning_jax.input_pipeline import Batch as HostBatch
-from lightning_jax.models import HybridLM, ModelConfig, RewardModel, lora
-from lightning_jax.models.operators import Operators
-from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward, Value
+from lightning_jax.models import HybridLM, RewardModel, lora
+from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
 from lightning_jax.objectives.policy_gradient import sequence_log_probs
 from lightning_jax.objectives.preference import segment_log_probs
-from lightning_jax.objectives.value import predicted_values
 from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.stages import Stage, num_micro_batches
 from lightning_jax.train_step import (
@@ -31,6 +29,7 @@ from lightning_jax.train_step import (
     mapped_rows,
     with_value_step,
 )
+from lightning_jax.value_programs import ValuePrograms
 
 
 class Programs:
@@ -42,7 +41,7 @@ class Programs:
 
     Attributes:
       kind: of model.
-      value_model: the size of the value model, where a stage has one.
+      value: the programs of the value model, where a stage has one.
       mesh: the devices.
       shards: into how many parts they split the rows of a batch.
       host: which part of a batch's rows this host reads.
@@ -58,11 +57,9 @@ class Programs:
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
         self._moments_on_host = config.mesh.moments == "host"
-
-        def operators_of(model: ModelConfig) -> Operators:
-            return parallel.operators(self.mesh, model, config.mesh.sequence_attention, config.mesh.gradient_dtype)
-
-        operators = operators_of(config.model)
+        operators = parallel.operators(
+            self.mesh, config.model, config.mesh.sequence_attention, config.mesh.gradient_dtype
+        )
         self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
 
         def make_model(rngs: nnx.Rngs) -> HybridLM | RewardModel:
@@ -77,25 +74,16 @@ class Programs:
         optimizer = self.optimizer(stages[0])
 
         with_value = next((stage for stage in stages if stage.config.value), None)
-        self.value_model = (with_value and with_value.config.value.model) or config.model
-
-        def make_value(rngs: nnx.Rngs) -> RewardModel:
-            return RewardModel(self.value_model, rngs=rngs, operators=operators_of(self.value_model))
-
-        self.value_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_value(nnx.Rngs(0))))
-
-        def create_value() -> TrainState:
-            params = nnx.state(make_value(nnx.Rngs(params=config.seed)), nnx.Param)
-            return TrainState(jnp.int32(0), params, self.value_optimizer(with_value).init(params), jnp.int32(0))
+        self.value = ValuePrograms(config, with_value, self.mesh, self._rows) if with_value else None
 
         def create() -> TrainState:
             params = nnx.state(make_model(nnx.Rngs(params=config.seed)), nnx.Param)
             if config.lora:
                 params, _ = lora.split(params)
-            value = create_value() if with_value else None
+            value = self.value.create() if self.value else None
             return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), value)
 
-        self._create, self._create_value = create, create_value
+        self._create = create
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
         if self._moments_on_host:
@@ -114,7 +102,7 @@ class Programs:
 
     def first_value(self) -> TrainState:
         """The state of the value model that a run with one begins with."""
-        return jax.jit(self._create_value, out_shardings=self._shardings.value)()
+        return jax.jit(self.value.create, out_shardings=self._shardings.value)()
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -136,10 +124,7 @@ class Programs:
         trains_from = stage.first_step + (value.warmup_steps if value else 0)
         step = make_train_step(self.graphdef, self.objective(stage), optimizer, rate, trains_from=trains_from, **place)
         if value:
-            objective = Value(self.value_model, value.clip, value.coefficient, stage.config.rope_theta)
-            optimizer, rate = self.value_optimizer(stage), self._value_learning_rate(stage)
-            value_step = make_train_step(self.value_graphdef, objective, optimizer, rate, **place)
-            step = with_value_step(step, value_step)
+            step = with_value_step(step, self.value.train_step(stage, **place))
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
 
     def evaluation_step(self, stage: Stage) -> Callable[[nnx.State, Batch], Any]:
@@ -168,14 +153,6 @@ class Programs:
             return sequence_log_probs(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)[0]
 
         return jax.jit(log_probs, out_shardings=self._rows)
-
-    def value_step(self, stage: Stage) -> Callable[[nnx.State, Batch], jax.Array]:
-        """(weights of the value model, batch) -> the value [B, T] of what stands up to each input."""
-
-        def values(weights: nnx.State, batch: Batch) -> jax.Array:
-            return predicted_values(nnx.merge(self.value_graphdef, weights), batch, stage.config.rope_theta)[0]
-
-        return jax.jit(values, out_shardings=self._rows)
 
     def draw_step(self, stage: Stage) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
         """(weights, batch) -> at every place the token [B, T] that the training forward draws, its log-probability."""
@@ -230,10 +207,6 @@ class Programs:
             stage.config.optimizer, self._learning_rate(stage), moments_on_host=self._moments_on_host
         )
 
-    def value_optimizer(self, stage: Stage) -> Any:
-        rate = self._value_learning_rate(stage)
-        return build_optimizer(stage.config.value.optimizer, rate, moments_on_host=self._moments_on_host)
-
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""
         count = self.host.count
@@ -244,6 +217,3 @@ class Programs:
 
     def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
         return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
-
-    def _value_learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
-        return learning_rate(stage.config.value.schedule, stage.batch_sizes.num_steps)

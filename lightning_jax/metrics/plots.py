@@ -36,6 +36,12 @@ _REINFORCEMENT = (
         "Divergence from the policy that made the rollouts, nats per token.",
     ),
     ("probability_correlation", "Agreement of rollouts and trainer", "Correlation of the probabilities they give."),
+    ("value_explained_variance", "Value model", "Share of the returns' variance that its predictions explain."),
+    (
+        "length_correlation",
+        "Does the reward like length?",
+        "Its correlation with the length of completions, among those of one prompt.",
+    ),
 )
 
 

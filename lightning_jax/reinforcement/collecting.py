@@ -110,7 +110,7 @@ class Collector:
         self._model = dataclasses.replace(config.model, rope_theta=stage.config.rope_theta)
         self._generator: Generator | None = None
         self._log_probs = programs.policy_log_prob_step(stage)
-        self._values = programs.value_step(stage) if self.settings.value else None
+        self._values = programs.value.step(stage) if self.settings.value else None
         self._draws = programs.draw_step(stage) if self.settings.rollouts.mode == "exact" else None
 
     def generate(self, generation: int, position: Position, params: nnx.State) -> Generated:

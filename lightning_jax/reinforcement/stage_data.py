@@ -70,7 +70,7 @@ class RolloutData:
 
     With a staleness of 1 the completions of the next generation are made before the first update on the present one,
     and verified, by a thread, while the updates go on. Devices that serve both take turns, so it is the verifiers' time
-    that is gained; the thread leaves devices alone, whose programs all hosts must start in one order.
+    that is gained; the thread starts no program of several devices, which must all be started in one order on each.
 
     Args:
         state: to go on from; the policy is the reference where the stage begins.
