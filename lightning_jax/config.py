@@ -114,8 +114,13 @@ class StageConfig:
         if self.reinforcement is None or self.context_length < 1:
             return []
         found, rollouts = [], self.reinforcement.rollouts
-        if self.mixture.packing != "one_per_row":
-            found.append('mixture.packing: a row holds one completion with its prompt; "one_per_row"')
+        if self.mixture.packing == "split":
+            found.append('mixture.packing: "split" would cut completions; "best_fit" or "one_per_row"')
+        if self.mixture.packing == "best_fit" and rollouts.mode == "exact":
+            found.append(
+                'mixture.packing: with reinforcement.rollouts.mode "exact" each completion is trained on in a row of '
+                'its own, as it was drawn; "one_per_row"'
+            )
         if self.passes:
             found.append("passes: how many prompts a stage needs is not known before; give it tokens")
         if len(self.batch_size.tokens) > 1:

@@ -223,7 +223,7 @@ class Trainer:
         with contextlib.closing(data):
             for step in range(first_step, stage.last_step):
                 in_stage = step - stage.first_step
-                rows, needs_params = stage.batch_sizes.rows(in_stage), data.needs_params(in_stage)
+                needs_params = data.needs_params(in_stage)
                 self._step = step + 1
                 self.hosts.at(step + 1, "reading its batch")
                 if needs_params and unreported:
@@ -231,6 +231,7 @@ class Trainer:
                     unreported = None
                 with self.timer.pause() if needs_params else contextlib.nullcontext():
                     batch = data.batch(in_stage, state)
+                rows = len(batch["inputs"])
                 compiling = rows not in train_steps
                 self.hosts.at(step + 1, "compiling" if compiling else "beginning the step")
                 if compiling:

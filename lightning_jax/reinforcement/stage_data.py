@@ -26,7 +26,7 @@ from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
 from lightning_jax.references.running_stage import Key, RunningStage
 from lightning_jax.reinforcement.collecting import Collected, Collector
-from lightning_jax.reinforcement.experience import delete_others, digest, path_of, read_rows, write_rows
+from lightning_jax.reinforcement.experience import delete_others, digest, packed, path_of, read_rows, write_rows
 from lightning_jax.reinforcement.generated import Begun, Generated
 from lightning_jax.reinforcement.grading import Verdicts, open_rewards
 from lightning_jax.reinforcement.sampling_policy import Position
@@ -141,6 +141,9 @@ class RolloutData:
             key = fold_key("epochs", self._seed, self._stage.name, step // self._updates)
             row_B = shuffled(row_B, len(self._rows["inputs"]), key)
         batch = {name: rows[row_B] for name, rows in self._rows.items()}
+        if self._stage.config.mixture.packing == "best_fit":
+            # Eight numbers of rows at most, for each of which a step is compiled.
+            batch = packed(batch, multiple=-(-size // (8 * programs.shards)) * programs.shards)
         share = len(batch["inputs"]) // programs.host.count
         own = slice(programs.host.index * share, (programs.host.index + 1) * share)
         return {name: rows[own] for name, rows in batch.items()}

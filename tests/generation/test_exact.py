@@ -184,7 +184,7 @@ def test_fp32_proposals_agree_and_cost_one_pass():
 )
 def test_other_distributions_are_refused(change):
     with pytest.raises(ValueError, match="drawn from the model's own distribution"):
-        trainer("llama").rollouts(sampling=dataclasses.replace(SAMPLING, **change))
+        trainer("hybrid with experts").rollouts(sampling=dataclasses.replace(SAMPLING, **change))
 
 
 @pytest.mark.slow
