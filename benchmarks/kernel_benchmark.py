@@ -27,7 +27,10 @@ LONGEST_SEARCH = 150
 LONGEST_COMPILATION = 600
 GIVEN_UP = 6  # failures of an implementation, of which one without an answer, which takes longest, counts as three
 COMPARED = Case(1, 64, 128, 96)  # of which every implementation of one function must give one result
-SEARCH_FOR_RACES = ["-m", "pytest", "-q", "-k", "races", "-p", "no:cacheprovider", "tests/pallas_kernels"]
+SEARCH_FOR_RACES = [
+    *("-m", "pytest", "-q", "-k", "races", "-p", "no:cacheprovider", "tests/pallas_kernels"),
+    *("-o", "addopts="),  # those of pyproject.toml are of a plugin, too, that this machine may not have
+]
 
 
 class Worker:

@@ -208,7 +208,7 @@ def _laptop_post_training() -> dict[str, ConfigDict]:
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW["paper"],
-            schedule=cosine(2e-5, 2e-6),
+            schedule=cosine(1e-5, 1e-6),
             preference={"loss": "dpo", "beta": 0.1, "reference": "cached"},
             **common,
         ),

@@ -179,7 +179,7 @@ def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
             packing="best_fit" if laptop else "one_per_row",
             batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
             optimizer=optimizer,
-            schedule=schedule(1e-4 if laptop else 1e-6, 0.0),
+            schedule=schedule(1e-5 if laptop else 1e-6, 0.0),
             preference={"loss": "dpo", "beta": 0.5, "reference": "cached"},
         ),
     }

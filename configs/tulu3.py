@@ -277,7 +277,7 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
-            schedule=wsd(rate * 1e-4, 0.0),
+            schedule=wsd(rate * 1e-5, 0.0),
             preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),

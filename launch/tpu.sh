@@ -64,7 +64,7 @@ case "${1:-}" in
         ;;
     train)
         # Every host runs this by itself: it goes on when the connection ends, and again when a host failed.
-        on_all "cd lightning_jax && nohup launch/keep_running.sh ~/venv/bin/python -u -m lightning_jax.train \
+        on_all "cd lightning_jax && . launch/xla_flags.sh && nohup launch/keep_running.sh ~/venv/bin/python -u -m lightning_jax.train \
             $(printf '%q ' "${@:2}") >> ~/train.log 2>&1 < /dev/null & sleep 1"
         ;;
     log) gcloud compute tpus tpu-vm ssh "${slices[0]}" --zone="$ZONE" --worker=0 --command="tail -n 50 -F train.log" ;;

@@ -134,8 +134,8 @@ def on_host(shardings: Any, shapes: Any, mesh: Mesh) -> Any:
         ShardingError: the platform, or this version of JAX on it, has no such memory.
     """
     device = mesh.devices.flat[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if HOST_MEMORY not in kinds:
+    kinds = {memory.kind for memory in device.addressable_memories()}  # none where it is only described
+    if kinds and HOST_MEMORY not in kinds:
         raise ShardingError(
             f"mesh.moments: with jax {jax.__version__} {device.device_kind} does not reach its host's memory "
             f"({HOST_MEMORY}), only {', '.join(sorted(kinds))}; use device"

@@ -96,7 +96,7 @@ def test_several_tpu_slices_are_one_run(stand_in):
     said = " ".join(calls.read_text().split())
     assert "queued-resources create m1 --node-prefix=m1 --node-count=2 --zone=z" in said
     for slice_ in ("m1-0", "m1-1"):
-        assert f"ssh {slice_} --zone=z --worker=all --command=cd lightning_jax && nohup" in said
+        assert f"ssh {slice_} --zone=z --worker=all --command=cd lightning_jax && . launch/xla_flags.sh" in said
     assert "ssh m1-0 --zone=z --worker=0 --command=tail" in said
 
 
