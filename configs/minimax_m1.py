@@ -35,18 +35,23 @@ Then reinforcement learning with CISPO (section 3): importance weights capped an
 groups, no divergence from a reference, 16 updates on the rollouts of one policy, DAPO's dynamic sampling and overlong
 penalty, the head in fp32, AdamW (0.9, 0.95) with epsilon 1e-15, and an end to completions after 3,000 tokens in a row
 of a probability above 0.99. On laptop it is rl, on the word problems, by --config.run_stages=rl --init_from=FOLDER; a
-model that small has little left to find in them, and a hundred updates move its reward no further than chance. On 456b,
-on mathematics, it is rl_40k, rl_48k, ... rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on
-to the next where entropy no longer falls and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the
-cap of 5 (ScaleRL's, arXiv 2510.13786), 16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning
-rate, weight decay, clipping and steps. The paper's other rewards (logic, software, general tasks) are a matter of
-rewards.weights.
+model that small has little left to find in them, and a hundred updates move its reward no further than chance. On 456b
+it is rl, by --config.run_stages=rl --init_from=FOLDER: completions of up to 40K tokens, then 48K, 56K, 64K, 72K and
+80K, each limit raised when the perplexity of completions has converged and the 99th percentile of their lengths is near
+it (section 5). Prompts of mathematics, logic and code at first, then general ones mixed in gradually (section 4); a
+prompt of `pass_rate` 0, or 0.9 and more, is left out. Rewards by each record's `dataset`: math, logic and code are
+verified, general_graded and general judged by a language model, with a ground truth and against a reference response;
+and a tenth for the form. Undisclosed, and ours here: the cap of 5 (ScaleRL's, arXiv 2510.13786), 16 completions of 512
+prompts and the buffer of 4,096 tokens (DAPO's), learning rate, weight decay, clipping and steps, what counts as
+converged and as near, the share of general prompts, the weight of the form. Not here: the paper's software tasks, which
+need containers.
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in
-tokens); for sft long_cot, whose lines have "messages", for rl rl_prompts, with "messages" and "ground_truth"; and
-tokenizer.json, the released model's. laptop needs none: its
-corpora, "text" and "code" at 7:3, come with every Python installation.
+tokens); for sft long_cot, whose lines have "messages"; for rl rl_rules and rl_general, with "messages", "dataset" and
+what its verifier reads (lightning_jax/rewards/README.md), and the judge at http://localhost:8000/v1; and
+tokenizer.json, the released model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with every Python
+installation.
 """
 
 from ml_collections import ConfigDict
@@ -60,6 +65,15 @@ SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
 M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
 RL_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.0)  # section 3.2; weight decay and clipping undisclosed
+JUDGE = {
+    "url": "http://localhost:8000/v1",
+    "model": "judge",
+    "api_key_variable": "",
+    "temperature": 0.0,
+    "max_tokens": 2048,
+    "seconds": 300.0,
+    "threads": 64,
+}
 LAPTOP_RL_STEPS = 96  # eight to a generation
 
 PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
@@ -77,7 +91,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"minimax_m1_{size}",
         model=_model(size),
         data=recipes.embedded() if laptop else _data(),
-        stages=stages | ({"sft": _long_cot()} | _published_reinforcement() if published else {}),
+        stages=stages | ({"sft": _long_cot(), "rl": _published_reinforcement()} if published else {}),
         run_stages=[name for name in stages if name != "rl"],
         laptop=laptop,
         replicate=laptop,
@@ -99,7 +113,7 @@ def _model(size: str) -> ConfigDict:
 def _data() -> ConfigDict:
     corpora = (*PRETRAINING, *LONG)
     data = recipes.files_on_disk("data/minimax_m1", corpora, vocab_size=200_064, bos="", eos="<end_of_document>")
-    for name in ("long_cot", "rl_prompts"):
+    for name in ("long_cot", "rl_rules", "rl_general"):
         data.corpora[name] = corpus("jsonl", f"data/minimax_m1/{name}/*.jsonl.zst", content="conversations")
     data.chat_template = "minimax_m1"
     return data
@@ -237,37 +251,36 @@ def _long_cot() -> ConfigDict:
     )
 
 
-def _published_reinforcement() -> dict[str, ConfigDict]:
-    """CISPO (section 3), with outputs that grow in stages (section 4)."""
-    rows, updates, stages = 512, 16, {}
-    for thousands in (40, 48, 56, 64, 72, 80):
-        max_new_tokens = thousands * 1024
-        length = max_new_tokens + 8 * 1024
-        stages[f"rl_{thousands}k"] = stage(
-            tokens=100 * updates * rows * length,
-            context_length=length,
-            rope_theta=1e7,
-            mixture={"rl_prompts": 1.0},
-            packing="one_per_row",
-            batch_size=batch_size(rows * length, micro_batch_tokens=length),
-            optimizer=RL_ADAMW,
-            schedule=constant(1e-6),
-            reinforcement=reinforcement(
-                algorithms.cispo(),
-                advantages=group_relative(),
-                rollouts=rollouts(
-                    samples=16,
-                    updates=updates,
-                    max_new_tokens=max_new_tokens,
-                    slots=2048,
-                    dynamic_sampling=True,
-                    repetition_tokens=3000,
-                    decode_steps=256,
-                ),
-                rewards=rewards(math=1.0, overlong_buffer=4096),
+def _published_reinforcement() -> ConfigDict:
+    """CISPO (section 3) on tasks of growing generality (section 4), with outputs that grow (section 5)."""
+    rows, updates, limits = 512, 16, tuple(thousands * 1024 for thousands in (40, 48, 56, 64, 72, 80))
+    length = limits[-1] + 8 * 1024
+    return stage(
+        tokens=600 * updates * rows * length,
+        context_length=length,
+        rope_theta=1e7,
+        mixture=({"rl_rules": 1.0}, {"rl_rules": 0.85, "rl_general": 0.15}),
+        packing="one_per_row",
+        batch_size=batch_size(rows * length, micro_batch_tokens=length),
+        optimizer=RL_ADAMW,
+        schedule=constant(1e-6),
+        reinforcement=reinforcement(
+            algorithms.cispo(),
+            advantages=group_relative(),
+            rollouts=rollouts(
+                samples=16,
+                updates=updates,
+                max_new_tokens=limits[-1],
+                lengths={"limits": limits, "window": 5, "perplexity_change": 0.01, "length_share": 0.9},
+                sample_filter={"pass_rate": (0.0, 0.9)},
+                slots=2048,
+                dynamic_sampling=True,
+                repetition_tokens=3000,
+                decode_steps=256,
             ),
-        )
-    return stages
+            rewards=rewards(minimax_m1=1.0, form=0.1, overlong_buffer=4096, judge=JUDGE, code_workers=64),
+        ),
+    )
 
 
 STAGES = {

@@ -1,4 +1,4 @@
-"""Tulu 3 (arXiv 2411.15124): fine-tuning, preference tuning and a reward model on top of Llama 3.1.
+"""Tulu 3 (arXiv 2411.15124): fine-tuning, preference tuning, a reward model and PPO on top of Llama 3.1.
 
     python -m lightning_jax.train --config=configs/tulu3.py             # the largest size that fits this machine
     python -m lightning_jax.train --config=configs/tulu3.py:8b --init_from=runs/llama_3.1_8b --workdir=runs/tulu3_8b_sft
@@ -6,6 +6,8 @@
         --init_from=runs/tulu3_8b_sft --workdir=runs/tulu3_8b_dpo
     python -m lightning_jax.train --config=configs/tulu3.py:8b --config.run_stages=reward_model \
         --init_from=runs/tulu3_8b_sft --workdir=runs/tulu3_8b_rm
+    python -m lightning_jax.train --config=configs/tulu3.py:8b --config.run_stages=rlvr \
+        --init_from=runs/tulu3_8b_dpo --workdir=runs/tulu3_8b_rlvr
     python -m lightning_jax.train --config=configs/tulu3.py:8b,lora --init_from=runs/llama_3.1_8b
 
 What follows the colon is a size, a recipe (paper, lora), or both with a comma between. runs/llama_3.1_8b is Llama 3.1's
@@ -24,11 +26,20 @@ sft (section 4): AdamW (0.9, 0.999) without weight decay or clipping, linear fal
 the assistant's tokens, averaged over the batch's chats, which is the published sum loss where a micro-batch is one
 chat. dpo (section 5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to
 2,048 tokens, 5e-7 (8b) or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs,
-epsilon 1e-5; the paper trains it for 8b and takes that one for all sizes. rlvr_grpo (8b): what Tulu 3.1 was released
-with in place of the paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO with k3 of 0.01, 48 prompts of 16
-completions for two updates, 10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here:
-learning rate and batch of 405b's sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping
-of rlvr_grpo.
+epsilon 1e-5; the paper trains it for 8b and takes that one for all sizes.
+
+rlvr (section 6): PPO on the dpo model, with the 8b reward model (runs/tulu3_8b_rm) as the beginning of the value model
+and no other use of it, on prompts of GSM8K, MATH and IFEval (405b: of MATH, data/tulu3/rlvr_math): 10 for a right
+answer and -10 for one without an end, four passes over 224 (70b: 640, 405b: 1,856) completions of up to 2,048 tokens, a
+divergence of 0.05 (70b: 0.07) by k1 in the reward, clips of 0.2, 3e-7 (70b, 405b: 1e-7) falling to 0, without warm-up
+(70b: a tenth), rollouts one step stale. 8b's 10,000,000 episodes are an end that its run never reached; 405b's length
+and 300,000 episodes are its model card's, where its script says 1,024 and 400,000. A batch divides over 32 devices
+(8b), 64 pairs (70b) or 64 groups of 8 (405b). Not as in the published trainer: means and whitening are over all of a
+batch, there over a device's share of it. rlvr_grpo (8b): what Tulu 3.1 was released with in its place: GRPO with k3 of
+0.01, 48 prompts of 16 completions for two updates, 10 for a right answer and 0 for one without an end, 5e-7.
+
+Undisclosed, and ours here: learning rate and batch of 405b's sft, which are 70b's, 70b's and 405b's reward models,
+which are 8b's, and the clipping of rlvr_grpo.
 
 laptop. Ours; 31% of 400 other problems are solved after sft. Its dpo is short and slow, because the wrong answers are
 near misses that the model half believes, and unlearning them costs right ones. With 72 steps at 1e-5 it still solves
@@ -41,7 +52,8 @@ goes through dpo alone, from a run of sft: --init_from=runs/tulu3_laptop.
 
 Data of 8b, 70b and 405b, as released, in Parquet: data/tulu3/sft_mixture with "messages", data/tulu3/preferences (of
 the size) with "chosen" and "rejected", data/tulu3/rlvr with "messages", "ground_truth" and "dataset"; and
-tokenizer.json, Llama 3.1's. laptop needs none: its word problems are generated.
+tokenizer.json, Llama 3.1's. laptop needs none: its word problems are generated. Its rlvr, on these, goes on from the
+run of sft and dpo, with its own reward model in runs/reward_model.
 """
 
 import dataclasses
@@ -52,7 +64,14 @@ from lightning_jax import recipes, selection
 from lightning_jax.models.config import FEED_FORWARD_WEIGHTS, MIXER_WEIGHTS
 from lightning_jax.objectives import algorithms
 from lightning_jax.recipes import Dimensions, adamw, batch_size, constant, corpus, stage, wsd
-from lightning_jax.reinforcement.recipes import group_relative, reinforcement, rewards, rollouts
+from lightning_jax.reinforcement.recipes import (
+    OF_VALUE_MODEL,
+    group_relative,
+    reinforcement,
+    rewards,
+    rollouts,
+    value_model,
+)
 
 SIZES = ("laptop", "8b", "70b", "405b")  # from the smallest up
 RECIPES = ("paper", "lora")
@@ -67,6 +86,12 @@ REWARD_ADAMW = adamw(beta2=0.999, weight_decay=0.0, epsilon=1e-5, clip_norm=0.0)
 SFT = {"8b": (5e-6, 128), "70b": (2e-6, 128), "405b": (2e-6, 128)}  # learning rate, chats; 405b undisclosed: 70b's
 SEEDS = {"8b": 123, "70b": 456}  # published
 DPO = {"8b": (5e-7, 128), "70b": (2e-7, 128), "405b": (2e-7, 256)}  # learning rate, pairs
+RLVR = {  # learning rate, share of warm-up, coefficient of the divergence, completions of a generation, of the stage
+    "8b": (3e-7, 0.0, 0.05, 224, 10_000_000),
+    "70b": (1e-7, 0.1, 0.07, 640, 400_000),
+    "405b": (1e-7, 0.0, 0.05, 1856, 300_000),
+}
+RLVR_ADAMW = adamw(beta2=0.999, weight_decay=0.01)  # torch's own numbers
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -102,6 +127,9 @@ def _config(size: str, recipe: str) -> ConfigDict:
     )
     if lora:
         config.lora = LORA
+    if size in ("70b", "405b"):
+        # The reward model is 8b's for all sizes, and so is the value model that begins as it.
+        config.stages.rlvr.reinforcement.value.model = _config("8b", recipe).model
     config.seed = SEEDS.get(size, 0)
     config.metrics.sample_prompts = ("", "", "")  # as many held-out questions are answered
     return config
@@ -113,6 +141,7 @@ def _data() -> ConfigDict:
         "sft_mixture": corpus("parquet", "data/tulu3/sft_mixture/*.parquet", content="conversations"),
         "preferences": corpus("parquet", "data/tulu3/preferences/*.parquet", content="preferences"),
         "rlvr": corpus("parquet", "data/tulu3/rlvr/*.parquet", content="conversations"),
+        "rlvr_math": corpus("parquet", "data/tulu3/rlvr_math/*.parquet", content="conversations"),
     }
     data.chat_template = "tulu"
     return data
@@ -155,10 +184,66 @@ def _published_stages(size: str, rate: int) -> dict[str, ConfigDict]:
             reward_model={"use_margin": False, "centring": 0.0},
             **common,
         ),
-    } | ({"rlvr_grpo": _rlvr(rate)} if size == "8b" else {})
+        "rlvr": _rlvr(size, rate),
+    } | ({"rlvr_grpo": _rlvr_grpo(rate)} if size == "8b" else {})
 
 
-def _rlvr(rate: int) -> ConfigDict:
+def _rlvr(size: str, rate: int) -> ConfigDict:
+    peak, warmup_share, kl_coefficient, completions, episodes = RLVR[size]
+    generations = episodes // completions
+    return _ppo(
+        steps=4 * generations,
+        warmup_steps=int(4 * generations * warmup_share),
+        length=4096,
+        rows=completions,
+        corpus_name="rlvr_math" if size == "405b" else "rlvr",
+        rope_theta=5e5,
+        peak=rate * peak,
+        kl_coefficient=kl_coefficient,
+        reward_model="runs/tulu3_8b_rm",
+        rollouts=rollouts(
+            samples=1, updates=4, epochs=4, staleness=1, max_new_tokens=2048, slots=512, dynamic_sampling=False
+        ),
+        reward="tulu3",
+    )
+
+
+def _ppo(
+    *,
+    steps: int,
+    warmup_steps: int,
+    length: int,
+    rows: int,
+    corpus_name: str,
+    rope_theta: float,
+    peak: float,
+    kl_coefficient: float,
+    reward_model: str,
+    rollouts: dict[str, object],
+    reward: str,
+) -> ConfigDict:
+    """Section 6: PPO with a value model that begins as the reward model; both are trained alike."""
+    schedule = wsd(peak, 0.0, warmup_steps=warmup_steps, decay_steps=steps - warmup_steps)
+    return stage(
+        tokens=steps * rows * length,
+        context_length=length,
+        rope_theta=rope_theta,
+        mixture={corpus_name: 1.0},
+        packing="one_per_row",
+        batch_size=batch_size(rows * length, micro_batch_tokens=length),
+        optimizer=RLVR_ADAMW,
+        schedule=schedule,
+        reinforcement=reinforcement(
+            dataclasses.replace(algorithms.ppo(0.2), kl_coefficient=kl_coefficient, kl_estimator="k1", kl_in="reward"),
+            advantages=OF_VALUE_MODEL,
+            value=value_model(reward_model=reward_model, optimizer=RLVR_ADAMW, schedule=schedule),
+            rollouts=rollouts,
+            rewards=rewards(unfinished="replace", unfinished_score=-10.0, **{reward: 10.0}),
+        ),
+    )
+
+
+def _rlvr_grpo(rate: int) -> ConfigDict:
     """Tulu 3.1's: GRPO instead of PPO, 48 prompts of 16 completions, two updates on them, 2,000,000 completions."""
     length, rows, updates = 4096, 384, 2
     return stage(
@@ -208,5 +293,28 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             schedule=wsd(rate * 3e-4, 0.0),
             reward_model={"use_margin": False, "centring": 0.0},
             **common,
+        ),
+        "rlvr": _ppo(
+            steps=4 * 40,
+            warmup_steps=0,
+            length=96,
+            rows=64,
+            corpus_name="arithmetic",
+            rope_theta=1e4,
+            peak=rate * 3e-5,
+            kl_coefficient=0.05,
+            reward_model="runs/reward_model",
+            rollouts=rollouts(
+                samples=1,
+                updates=4,
+                epochs=4,
+                staleness=1,
+                max_new_tokens=32,
+                slots=64,
+                dynamic_sampling=False,
+                decode_steps=16,
+                prefill_tokens=64,
+            ),
+            reward="gsm8k",
         ),
     }

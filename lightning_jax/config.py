@@ -21,7 +21,7 @@ from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfi
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
 from lightning_jax.parallel.sharding import RULES
-from lightning_jax.reinforcement.config import ReinforcementConfig
+from lightning_jax.reinforcement.config import ReinforcementConfig, ValueConfig
 
 
 class ConfigError(UserError):
@@ -72,6 +72,11 @@ class StageConfig:
         """Chats that belong together."""
         return 2 if self.objective in ("preference", "reward_model") else 1
 
+    @property
+    def value(self) -> ValueConfig | None:
+        """Of its value model, if it has one."""
+        return self.reinforcement and self.reinforcement.value
+
     def problems(self) -> list[str]:
         found = []
         sections = {"preference": "preference", "reward_model": "reward_model", "reinforcement": "policy_gradient"}
@@ -98,8 +103,11 @@ class StageConfig:
                 f"context_length={self.context_length}; make it at least that, or 0 for no micro-batches"
             )
         if not (found or self.passes or self.batch_size.problems() or self.schedule.problems()):
-            sizes = BatchSizes(self.batch_size, self.context_length, self.tokens)
-            found.extend(f"schedule.{problem}" for problem in self.schedule.problems_in(sizes.num_steps))
+            steps = BatchSizes(self.batch_size, self.context_length, self.tokens).num_steps
+            found.extend(f"schedule.{problem}" for problem in self.schedule.problems_in(steps))
+            if self.value:
+                problems = self.value.schedule.problems_in(steps)
+                found.extend(f"reinforcement.value.schedule.{problem}" for problem in problems)
         return found
 
     def _problems_of_reinforcement(self) -> list[str]:
@@ -122,11 +130,12 @@ class StageConfig:
                 f"reinforcement.rollouts.max_new_tokens: {rollouts.max_new_tokens} leaves no room for a prompt in "
                 f"context_length={self.context_length}"
             )
-        rows = rollouts.updates * (max(self.batch_size.tokens, default=0) // self.context_length)
+        batches = rollouts.updates // max(rollouts.epochs, 1)
+        rows = batches * (max(self.batch_size.tokens, default=0) // self.context_length)
         if rollouts.samples > 0 and rows % rollouts.samples:
             found.append(
                 f"reinforcement.rollouts.samples: {rollouts.samples} do not divide the {rows} completions of a "
-                f"generation, {rollouts.updates} updates of {rows // rollouts.updates} rows"
+                f"generation, {batches} batches of {rows // batches} rows"
             )
         return found
 
@@ -171,11 +180,23 @@ class RunConfig:
                 "run_stages: a reward model has parameters of its own; run its stage alone, with --init_from=FOLDER "
                 "of the run before it"
             )
-        moments = {self.stages[name].optimizer.moment_dtype for name in self.run_stages if name in self.stages}
-        if len(moments) > 1:
-            found.append(
-                "stages: optimizer.moment_dtype differs between stages; one state serves all, choose one dtype"
-            )
+        chosen = [self.stages[name] for name in self.run_stages if name in self.stages]
+        for field, optimizers in (
+            ("optimizer", [stage.optimizer for stage in chosen]),
+            ("reinforcement.value.optimizer", [stage.value.optimizer for stage in chosen if stage.value]),
+        ):
+            if len({optimizer.moment_dtype for optimizer in optimizers}) > 1:
+                found.append(
+                    f"stages: {field}.moment_dtype differs between stages; one state serves all, choose one dtype"
+                )
+        if len({json.dumps(dataclasses.asdict(each)) for each in self.value_models.values()}) > 1:
+            found.append("stages: reinforcement.value.model differs between stages; one state serves all")
+        for name, value_model in self.value_models.items():
+            if value_model.vocab_size != self.model.vocab_size:
+                found.append(
+                    f"stages.{name}.reinforcement.value.model.vocab_size: {value_model.vocab_size} is not the policy's "
+                    f"{self.model.vocab_size}; both read the same tokens"
+                )
         if not self.run_stages:
             found.append(f"run_stages: no stage; {nearest_name('', self.stages)}")
         if self.lora:
@@ -188,6 +209,12 @@ class RunConfig:
                 f"model.vocab_size={self.model.vocab_size}; make it at most that"
             )
         return found
+
+    @property
+    def value_models(self) -> dict[str, ModelConfig]:
+        """Of the stages to run that have one."""
+        chosen = {name: self.stages[name].value for name in self.run_stages if name in self.stages}
+        return {name: value.model or self.model for name, value in chosen.items() if value}
 
     def _problems_of_content(self, stage: StageConfig) -> list[str]:
         """What of a stage's corpora its objective and packing have no use for."""

@@ -1,9 +1,11 @@
-"""How a run begins with the weights of another one."""
+"""How a run begins with the weights of another one, and a value model with those of a reward model or of the policy."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lightning_jax.checkpoints import newest_manifest
@@ -12,6 +14,7 @@ from lightning_jax.config import ConfigError, RunConfig
 from lightning_jax.model_folders import BASE, CHECKPOINTS
 from lightning_jax.models import HybridLM, RewardModel, lora
 from lightning_jax.programs import Programs
+from lightning_jax.stages import Stage
 from lightning_jax.train_step import TrainState
 from lightning_jax.weights import restore_params, restore_weights, save_params
 
@@ -36,7 +39,7 @@ def begin_with(
     manifest = newest_manifest(source / CHECKPOINTS)
     if manifest is None:
         raise ConfigError([f"--init_from={source}: there is no checkpoint in this folder"])
-    has_head = programs.kind is RewardModel and any("backbone/" in path for path in manifest.leaves)
+    has_head = programs.kind is RewardModel and any(path.startswith("params/backbone/") for path in manifest.leaves)
     kind = RewardModel if has_head else HybridLM
     weights, step = restore_weights(source, config.model, programs.mesh, kind=kind, say=say)
     say(f"parameters from step {step} of {source}")
@@ -47,6 +50,24 @@ def begin_with(
         freeze_base(run, config, programs, say)
     own = named_leaves(state.params)
     return state._replace(params=rebuild(state.params, own | {path: leaves.get(path, own[path]) for path in own}))
+
+
+def begin_value(state: TrainState, stage: Stage, programs: Programs, say: Say) -> TrainState:
+    """The state with the value model as a stage begins: of a reward model, or of the policy with a new head.
+
+    Raises:
+        UserError: the folder that the stage names has no whole reward model of this size.
+    """
+    value = programs.first_value()
+    if folder := stage.config.value.reward_model:
+        weights, step = restore_weights(Path(folder), programs.value.model, programs.mesh, kind=RewardModel, say=say)
+        say(f"stage {stage.name}: the value model begins as the reward model of step {step} of {folder}")
+    else:
+        weights = nnx.State({"backbone": jax.tree.map(jnp.copy, programs.merged(state.params))})
+        say(f"stage {stage.name}: the value model begins as the policy, with a new head")
+    own = named_leaves(value.params)
+    params = rebuild(value.params, own | named_leaves(weights))
+    return state._replace(value=value._replace(step=jnp.copy(state.step), params=params))
 
 
 def freeze_base(run: Path, config: RunConfig, programs: Programs, say: Say) -> None:

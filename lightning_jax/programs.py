@@ -27,7 +27,9 @@ from lightning_jax.train_step import (
     make_evaluation_step,
     make_train_step,
     mapped_rows,
+    with_value_step,
 )
+from lightning_jax.value_programs import ValuePrograms
 
 
 class Programs:
@@ -39,6 +41,7 @@ class Programs:
 
     Attributes:
       kind: of model.
+      value: the programs of the value model, where a stage has one.
       mesh: the devices.
       shards: into how many parts they split the rows of a batch.
       host: which part of a batch's rows this host reads.
@@ -70,11 +73,15 @@ class Programs:
         self.frozen: tuple[nnx.State, ...] = ()
         optimizer = self.optimizer(stages[0])
 
+        with_value = next((stage for stage in stages if stage.config.value), None)
+        self.value = ValuePrograms(config, with_value, self.mesh, self._rows) if with_value else None
+
         def create() -> TrainState:
             params = nnx.state(make_model(nnx.Rngs(params=config.seed)), nnx.Param)
             if config.lora:
                 params, _ = lora.split(params)
-            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+            value = self.value.create() if self.value else None
+            return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), value)
 
         self._create = create
         shapes = jax.eval_shape(create)
@@ -82,6 +89,9 @@ class Programs:
         if self._moments_on_host:
             on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
             self._shardings = self._shardings._replace(opt_state=on_host)
+            if value := self._shardings.value:
+                on_host = parallel.on_host(value.opt_state, shapes.value.opt_state, self.mesh)
+                self._shardings = self._shardings._replace(value=value._replace(opt_state=on_host))
         self.abstract_state = jax.tree.map(
             lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings
         )
@@ -89,6 +99,10 @@ class Programs:
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
         return jax.jit(self._create, out_shardings=self._shardings)()
+
+    def first_value(self) -> TrainState:
+        """The state of the value model that a run with one begins with."""
+        return jax.jit(self.value.create, out_shardings=self._shardings.value)()
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -101,14 +115,16 @@ class Programs:
 
     def train_step(self, stage: Stage, rows: int) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
         """(state, batch, *frozen) -> (state, metrics) for batches of so many rows; the state given to it is used up."""
-        step = make_train_step(
-            self.graphdef,
-            self.objective(stage),
-            self.optimizer(stage),
-            self._learning_rate(stage),
-            first_step=stage.first_step,
-            num_micro_batches=num_micro_batches(stage.config, rows, self.shards),
-        )
+        place = {
+            "first_step": stage.first_step,
+            "num_micro_batches": num_micro_batches(stage.config, rows, self.shards),
+        }
+        optimizer, rate = self.optimizer(stage), self._learning_rate(stage)
+        value = stage.config.value
+        trains_from = stage.first_step + (value.warmup_steps if value else 0)
+        step = make_train_step(self.graphdef, self.objective(stage), optimizer, rate, trains_from=trains_from, **place)
+        if value:
+            step = with_value_step(step, self.value.train_step(stage, **place))
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
 
     def evaluation_step(self, stage: Stage) -> Callable[[nnx.State, Batch], Any]:
@@ -147,7 +163,9 @@ class Programs:
 
         return jax.jit(draws, out_shardings=self._rows)
 
-    def by_rows(self, stage: Stage, step: Callable[[nnx.State, Batch], Any], params: nnx.State, rows: HostBatch) -> Any:
+    def by_rows(
+        self, stage: Stage, step: Callable[[nnx.State, Batch], Any], weights: nnx.State, rows: HostBatch
+    ) -> Any:
         """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and results."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
         share = count // self.host.count
@@ -157,7 +175,7 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True))
+            results.append(multihost_utils.process_allgather(step(weights, batch), tiled=True))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:

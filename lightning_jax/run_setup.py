@@ -119,12 +119,15 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
     for corpus in corpora.values():
         say(f"corpus {corpus}")
     room: dict[str, int] = {}  # for the prompts of a corpus, in all stages that draw from it
+    fields: set[str] = set()  # of their records, by which prompts are left out
     for stage in stages:
         if stage.reinforcement:
+            fields |= stage.reinforcement.rollouts.sample_filter.keys()
             most = stage.context_length - stage.reinforcement.rollouts.max_new_tokens
             room |= {name: min(most, room.get(name, most)) for name in stage.mixture.start}
     prompts = {
-        name: read_prompts(name, config.data, tokenizer, most_tokens=most) for name, most in sorted(room.items())
+        name: read_prompts(name, config.data, tokenizer, most_tokens=most, fields=fields)
+        for name, most in sorted(room.items())
     }
     for each in prompts.values():
         say(f"prompts {each}")

@@ -2,13 +2,11 @@
 
 from typing import Any, Protocol
 
-from flax import nnx
-
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.input_pipeline import GlobalBatches
 from lightning_jax.programs import Programs
 from lightning_jax.references import Reference
-from lightning_jax.train_step import Batch
+from lightning_jax.train_step import Batch, TrainState
 
 
 class StageData(Protocol):
@@ -26,7 +24,7 @@ class StageData(Protocol):
         """Whether the batch of a step is made with the parameters, which must be those of that step."""
         ...
 
-    def batch(self, step: int, params: nnx.State) -> Batch:
+    def batch(self, step: int, state: TrainState) -> Batch:
         """The batch of a step, on the devices; steps are asked for in order."""
         ...
 
@@ -51,7 +49,7 @@ class CorpusData:
     def needs_params(self, step: int) -> bool:
         return False
 
-    def batch(self, step: int, params: nnx.State) -> Batch:
+    def batch(self, step: int, state: TrainState) -> Batch:
         return self._reference.add(self._programs.on_devices(next(self._iterator)))
 
     def again(self, step: int) -> HostBatch:

@@ -25,7 +25,7 @@ from lightning_jax.checkpoints import Checkpoints, run_lock
 from lightning_jax.command_line import run_command_in, say
 from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_facts, watch
-from lightning_jax.init_from import begin_with, freeze_base
+from lightning_jax.init_from import begin_value, begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.model_folders import CHECKPOINTS
@@ -84,12 +84,12 @@ class Trainer:
     ):
         if problems := config.problems_on(jax.device_count()):
             raise ConfigError(problems)
-        check_reinforcement(config)
         self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config
         self.writer: MetricsWriter | None = None
         self._early: list[str] = []
         self._say = self._early.append  # until there is a console, which needs the history that a restore leaves
+        check_reinforcement(config, self._say)
         check_shared(folder, self.hosts)
         self.config, self.data = open_run(config, self._say)
         self.hosts.agree("the data", {f"data of {name}": each for name, each in self.data.fingerprints.items()})
@@ -212,8 +212,10 @@ class Trainer:
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
-        data, validate = self._stage_data(stage, state)
         first_step = int(state.step)
+        if stage.config.value and first_step == stage.first_step:
+            state = begin_value(state, stage, self.programs, self._say)
+        data, validate = self._stage_data(stage, state)
         steps = f"steps {first_step + 1:,} to {stage.last_step:,}"
         self._say(f"stage {stage.name}: {steps}, context {stage.config.context_length:,}; {data.description}")
         train_steps: dict[int, Callable] = {}  # by rows of the batch
@@ -228,7 +230,7 @@ class Trainer:
                     self._report(stage, data, *unreported)
                     unreported = None
                 with self.timer.pause() if needs_params else contextlib.nullcontext():
-                    batch = data.batch(in_stage, state.params)
+                    batch = data.batch(in_stage, state)
                 rows = len(batch["inputs"])
                 compiling = rows not in train_steps
                 self.hosts.at(step + 1, "compiling" if compiling else "beginning the step")
@@ -273,13 +275,13 @@ class Trainer:
         running = RunningStage(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
         evaluation_batches = self.config.metrics.evaluation_batches
         if stage.config.reinforcement:
-            position = None if begins else self._metadata["rollouts"][stage.name]
+            saved = None if begins else self._metadata["rollouts"][stage.name]
             prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
             record = functools.partial(self._record_rollouts, stage)
-            data = RolloutData(self.config, prompts, self.data.tokenizer, state.params, position, running, record)
+            data = RolloutData(self.config, prompts, self.data.tokenizer, state, saved, running, record)
             self._metadata["references"] |= {stage.name: data.reference_key}
             most = evaluation_batches * stage.config.reinforcement.rollouts.slots
-            return data, lambda params: {"validation_reward": data.collector.validation_rewards(params, most)}
+            return data, lambda params: {"validation_reward": data.validation_rewards(params, most)}
         corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
         reference = reference_of(state, corpora, running) if stage.config.preference else Reference(corpora)
         self._metadata["references"] |= {stage.name: reference.key}
@@ -315,7 +317,8 @@ class Trainer:
         if step % intervals.log_every_steps and step != stage.last_step and not skipped:
             return
         if step % intervals.evaluate_every_steps:
-            values.pop("expert_load", None)  # a large table in a large model
+            for name in [name for name in values if name.endswith("expert_load")]:
+                del values[name]  # a large table in a large model
         place = {
             "stage": stage.name,
             "tokens": stage.tokens_before(step),

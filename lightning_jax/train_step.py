@@ -36,6 +36,10 @@ class TrainState(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     nonfinite_steps: jax.Array  # skipped in a row until now, int32
+    value: "TrainState | None" = None  # of the value model, in runs that have one
+
+
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def micro_batches_of(batch: Batch, count: int) -> Batch:
@@ -73,13 +77,16 @@ def make_train_step(
     *,
     first_step: int,
     num_micro_batches: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    trains_from: int = 0,
+) -> TrainStep:
     """The step `(state, batch, *frozen) -> (state, metrics)` of a stage that begins at `first_step`, to be jitted.
 
     `frozen` is what of the model is not in `state.params`, and so is not trained.
 
     `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported. The optimizer is
     given `finite` too, and leaves its state alone where that is false, as those of `build_optimizer` do.
+
+    Before the run's step `trains_from` parameters and moments stay as they are, and only metrics are computed.
 
     `batch` holds arrays [R, T]. Where the loss or a gradient is not finite the update is skipped before it touches
     parameters or moments; the step still counts, so that the data go on.
@@ -93,18 +100,32 @@ def make_train_step(
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         gradient_norm = optax.tree.norm(gradients)
         finite = is_finite(value, gradient_norm)
+        taken = finite & (state.step >= trains_from)
         step_of_stage = state.step - first_step
         updates, opt_state = optimizer.update(
-            gradients, state.opt_state, state.params, step=step_of_stage, finite=finite
+            gradients, state.opt_state, state.params, step=step_of_stage, finite=taken
         )
-        params = where_finite(finite, optax.apply_updates(state.params, updates), state.params)
+        params = where_finite(taken, optax.apply_updates(state.params, updates), state.params)
         skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
         metrics = metrics | {
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate(step_of_stage),
             "nonfinite_steps": skipped,
         }
-        return TrainState(state.step + 1, params, opt_state, skipped), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, nonfinite_steps=skipped), metrics
+
+    return train_step
+
+
+def with_value_step(policy_step: TrainStep, value_step: TrainStep) -> TrainStep:
+    """Steps of a policy and of its value model as one; the value's metrics begin with `value_`."""
+
+    def train_step(state: TrainState, batch: Batch, *frozen: nnx.State) -> tuple[TrainState, dict[str, jax.Array]]:
+        after, metrics = policy_step(state, batch, *frozen)
+        value, of_value = value_step(state.value, batch)
+        skipped = jnp.maximum(metrics["nonfinite_steps"], of_value.pop("nonfinite_steps"))
+        metrics |= {f"value_{name}": metric for name, metric in of_value.items()} | {"nonfinite_steps": skipped}
+        return after._replace(value=value), metrics
 
     return train_step
 

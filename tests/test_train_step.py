@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from lightning_jax.optimizers import OptimizerConfig, build_optimizer
-from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows
+from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows, with_value_step
 
 ADAM = optax.with_extra_args_support(optax.adam(0.1))
+ADAMW = build_optimizer(OptimizerConfig(0.9, 0.95, 1e-8, 0.1, "all", 1.0, "float32"), lambda step: 0.1)
 
 
 class _Scale(nnx.Module):
@@ -38,12 +39,9 @@ def _state_and_batch(dtype=jnp.float32, optimizer=ADAM):
     return graphdef, optimizer, state, batch
 
 
-def _step(graphdef, objective, optimizer, num_micro_batches):
-    return jax.jit(
-        make_train_step(
-            graphdef, objective, optimizer, lambda step: 0.1 * step, first_step=0, num_micro_batches=num_micro_batches
-        )
-    )
+def _step(graphdef, objective, optimizer, num_micro_batches, trains_from=0):
+    place = {"first_step": 0, "num_micro_batches": num_micro_batches, "trains_from": trains_from}
+    return jax.jit(make_train_step(graphdef, objective, optimizer, lambda step: 0.1 * step, **place))
 
 
 @pytest.mark.parametrize("num_micro_batches", [2, 3, 12])
@@ -75,8 +73,7 @@ def test_micro_batches_cover_every_row_once():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_neither_parameters_nor_moments(poison):
-    config = OptimizerConfig(0.9, 0.95, 1e-8, 0.1, "all", 1.0, "float32")
-    graphdef, optimizer, state, batch = _state_and_batch(optimizer=build_optimizer(config, lambda step: 0.1))
+    graphdef, optimizer, state, batch = _state_and_batch(optimizer=ADAMW)
     step = _step(graphdef, _ProductOfMeans(), optimizer, 1)
     state, _ = step(state, batch)
     bad = {"x": batch["x"].at[3, 0].set(poison)}
@@ -91,3 +88,30 @@ def test_a_step_that_is_not_finite_changes_neither_parameters_nor_moments(poison
     assert any(
         (a != b).any() for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True)
     )
+
+
+def test_a_value_is_trained_beside_the_policy_as_if_alone_and_first_alone():
+    graphdef, optimizer, state, batch = _state_and_batch(optimizer=ADAMW)
+    alone, later = (_step(graphdef, _ProductOfMeans(), optimizer, 1, trains_from) for trains_from in (0, 1))
+    other = state._replace(params=jax.tree.map(lambda x: 3 * x, state.params))
+    both = jax.jit(with_value_step(later, alone))
+    first, metrics = both(state._replace(value=other), batch)
+    for trained, expected in ((first.params, state.params), (first.opt_state, state.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, trained, expected)
+    assert (first.step, first.nonfinite_steps) == (1, 0)
+    jax.tree.map(np.testing.assert_array_equal, first.value, alone(other, batch)[0])
+    assert metrics["value_loss"] != metrics["loss"]
+    assert metrics["value_gradient_norm"] != metrics["gradient_norm"]
+    second, _ = both(first, batch)
+    jax.tree.map(np.testing.assert_array_equal, second.params, alone(state, batch)[0].params)
+    jax.tree.map(np.testing.assert_array_equal, second.value, alone(first.value, batch)[0])
+
+
+def test_a_value_that_is_not_finite_is_told_and_stops_no_policy():
+    graphdef, optimizer, state, batch = _state_and_batch(optimizer=ADAMW)
+    alone = _step(graphdef, _ProductOfMeans(), optimizer, 1)
+    broken = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    after, metrics = jax.jit(with_value_step(alone, alone))(state._replace(value=broken), batch)
+    assert metrics["nonfinite_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, alone(state, batch)[0].params)
+    jax.tree.map(np.testing.assert_array_equal, after.value.opt_state, broken.opt_state)

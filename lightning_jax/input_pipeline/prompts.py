@@ -5,7 +5,7 @@ Records are those of `chat_prompt`. Prompts are held in memory: a hundred thousa
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,21 @@ from lightning_jax.input_pipeline.sources import RecordReport, files_of, fingerp
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 
 # Of Parquet files, whose other columns may be large: what is asked, and what verifiers read.
-_COLUMNS = ("prompt", "messages", "ground_truth", "dataset", "instruction_id_list", "kwargs", "test", "entry_point")
+_COLUMNS = (
+    "prompt",
+    "messages",
+    "ground_truth",
+    "reference",
+    "dataset",
+    "family",
+    "pass_rate",
+    "instruction_id_list",
+    "kwargs",
+    "test",
+    "entry_point",
+    "inputs",
+    "outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,13 @@ class Prompts:
         return f"{self.name}: {len(self.train):,} prompts, {len(self.validation):,} held out; {self.report}"
 
 
-def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_tokens: int) -> Prompts:
+def read_prompts(
+    name: str, config: DataConfig, tokenizer: Tokenizer, *, most_tokens: int, fields: Collection[str] = ()
+) -> Prompts:
     """The prompts of the corpus that the config calls `name`; longer ones than `most_tokens` are left out and counted.
+
+    Args:
+      fields: of records, that are asked for besides those that verifiers read.
 
     Raises:
       SourceError: there is no prompt, or none that is short enough.
@@ -74,7 +93,7 @@ def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_to
     report = RecordReport()
     chats: list[list[Message]] = []
     records: list[dict[str, Any]] = []
-    for location, record in _records(name, config):
+    for location, record in _records(name, config, fields):
         asked = chat_prompt(record)
         if isinstance(asked, Problem):
             report.skip(location, asked)
@@ -107,7 +126,7 @@ def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_to
     return Prompts(name, end, tuple(train), tuple(validation), report)
 
 
-def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
+def _records(name: str, config: DataConfig, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
     corpus: CorpusConfig = config.corpora[name]
     if corpus.format == "generated":
         for number, record in enumerate(word_problems.conversations(), start=1):
@@ -121,4 +140,4 @@ def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
         if corpus.format == "jsonl":
             yield from read_json_records(path, config.max_document_bytes)
         else:
-            yield from read_parquet_records(path, _COLUMNS)
+            yield from read_parquet_records(path, {*_COLUMNS, *fields})

@@ -38,6 +38,12 @@ _REINFORCEMENT = (
     ("kl", "Divergence from the reference", "From the model as the stage began, nats per token."),
     ("probability_correlation", "Agreement of rollouts and trainer", "Correlation of the probabilities they give."),
     ("equal_reward_groups", "Prompts that teach nothing", "Share of prompts whose completions all have one reward."),
+    ("value_explained_variance", "Value model", "Share of the returns' variance that its predictions explain."),
+    (
+        "length_correlation",
+        "Does the reward like length?",
+        "Its correlation with the length of completions, among those of one prompt.",
+    ),
 )
 # Of each generation's completions: rates of its parts by their names in the record.
 _RATES = {

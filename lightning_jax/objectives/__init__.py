@@ -11,6 +11,7 @@ from lightning_jax.objectives.pair_sums import PairSums
 from lightning_jax.objectives.policy_gradient import PolicyGradient, PolicyGradientSums
 from lightning_jax.objectives.preference import Preference
 from lightning_jax.objectives.reward import Reward
+from lightning_jax.objectives.value import Value, ValueSums
 
 __all__ = [
     "AdvantageConfig",
@@ -24,4 +25,6 @@ __all__ = [
     "PreferenceConfig",
     "Reward",
     "RewardModelConfig",
+    "Value",
+    "ValueSums",
 ]

@@ -70,12 +70,15 @@ def generalized_advantages(
     return advantages_BT, np.where(mask_BT, advantages_BT + values_BT, 0)
 
 
-def whitened(advantages_BT: np.ndarray, mask_BT: np.ndarray, *, epsilon: float = 1e-8) -> np.ndarray:
-    """With mean 0 and variance 1 (Bessel's) over the mask, and 0 outside of it, as PPO has it."""
-    inside = np.asarray(advantages_BT, np.float64)[mask_BT]
-    white_BT = np.zeros(advantages_BT.shape)
+def whitened(
+    values_BT: np.ndarray, mask_BT: np.ndarray, *, keep_mean: bool = False, epsilon: float = 1e-8
+) -> np.ndarray:
+    """With mean 0, unless it is kept, and variance 1 (Bessel's) over the mask, and 0 outside of it, as PPO has it."""
+    inside = np.asarray(values_BT, np.float64)[mask_BT]
+    white_BT = np.zeros(values_BT.shape)
     if inside.size > 1:
-        white_BT[mask_BT] = (inside - inside.mean()) / np.sqrt(inside.var(ddof=1) + epsilon)
+        mean = inside.mean()
+        white_BT[mask_BT] = (inside - mean) / np.sqrt(inside.var(ddof=1) + epsilon) + mean * keep_mean
     return white_BT
 
 

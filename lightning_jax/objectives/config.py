@@ -88,8 +88,8 @@ class AdvantageConfig:
     """How rewards become advantages."""
 
     # group: reward minus the mean of the prompt's completions (GRPO); leave_one_out: minus the mean of the others
-    # (RLOO, arXiv 2402.14740).
-    baseline: Literal["group", "leave_one_out"]
+    # (RLOO, arXiv 2402.14740); value: what a value model expects, token by token (PPO).
+    baseline: Literal["group", "leave_one_out", "value"]
     # What the difference is divided by, plus std_epsilon: the standard deviation of the group or of all groups.
     std: Literal["none", "group", "batch"]
     std_ddof: int  # 0: of the samples themselves; 1: Bessel's correction, torch's default
@@ -103,4 +103,6 @@ class AdvantageConfig:
                 found.append(f"{name}: {getattr(self, name)} is negative")
         if self.std == "none" and (self.std_ddof or self.std_epsilon):
             found.append('std: "none" divides by nothing; make std_ddof and std_epsilon 0')
+        if self.baseline == "value" and self.std != "none":
+            found.append('std: advantages by a value model are divided where value.whiten_advantages says so; "none"')
         return found

@@ -15,7 +15,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.models import ModelConfig
 from lightning_jax.models.config import BYTES
 from lightning_jax.planning.hardware import Slice
-from lightning_jax.planning.held import Held, held_by_device
+from lightning_jax.planning.held import Held, companions_by_device, held_by_device
 from lightning_jax.planning.memory import Memory, layer_elements_per_token, memory_of_step
 from lightning_jax.planning.traffic import Sent, sent_in_step
 from lightning_jax.stages import Stage, num_micro_batches
@@ -91,6 +91,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         config.mesh,
         sizes,
         held,
+        companions_by_device(config, stage, held, mesh),
         rows=device_rows,
         context=context,
         parts=parts,

@@ -12,6 +12,7 @@ from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.models import HybridLM, ModelConfig, lora
 from lightning_jax.models.config import BYTES, LoraConfig
+from lightning_jax.optimizers import OptimizerConfig
 from lightning_jax.stages import Stage
 
 DENSE, EXPERTS = (parallel.RULES.mesh_axes(axis) for axis in ("embed", "expert_embed"))
@@ -40,11 +41,30 @@ def held_by_device(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
     Raises:
         ShardingError: the mesh does not divide the model's sizes.
     """
-    abstract = _abstract_params(config.model, config.lora)
+    return _held(config.model, config.lora, stage.config.optimizer, mesh)
+
+
+def companions_by_device(config: RunConfig, stage: Stage, held: Held, mesh: AbstractMesh) -> int:
+    """Bytes of a live reference, of the policy that refills stale rollouts, and of a value model with its training."""
+    preference, learning = stage.config.preference, stage.config.reinforcement
+    copies = int(preference is not None and preference.reference == "live")
+    if not learning:
+        return copies * held.trained
+    copies += bool(learning.policy_gradient.kl_coefficient)
+    copies += bool(learning.rollouts.staleness and learning.rollouts.dynamic_sampling)
+    value = learning.value
+    if not value:
+        return copies * held.trained
+    own = _held(value.model or config.model, None, value.optimizer, mesh)
+    return copies * held.trained + own.weights + own.moments + own.trained
+
+
+def _held(model: ModelConfig, adapters: LoraConfig | None, optimizer: OptimizerConfig, mesh: AbstractMesh) -> Held:
+    abstract = _abstract_params(model, adapters)
     shardings = nnx.to_flat_state(parallel.shardings(abstract, mesh))
     weights = trained = moments = ends = ends_trained = 0
     gathered, gathered_trained = {DENSE: 0, EXPERTS: 0}, {DENSE: 0, EXPERTS: 0}
-    moment_bytes = BYTES[stage.config.optimizer.moment_dtype]
+    moment_bytes = BYTES[optimizer.moment_dtype]
     for (_, leaf), (_, placed) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         array, sharding = leaf.get_value(), placed.get_value()
         assert isinstance(sharding, NamedSharding)
@@ -60,7 +80,7 @@ def held_by_device(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
             ends += whole
         else:
             gathered[split] += whole
-        if not config.lora or isinstance(leaf, lora.Adapter):
+        if not adapters or isinstance(leaf, lora.Adapter):
             trained += share * array.dtype.itemsize
             moments += 2 * share * moment_bytes
             if is_end:

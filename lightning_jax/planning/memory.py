@@ -29,12 +29,13 @@ class Memory:
     batch: int
     activations: float  # kept from the forward pass for the backward pass
     temporaries: float  # of the layer at work or of the loss, whichever is more
+    companions: int = 0  # models beside the one that is trained, with all that they have
     on_host: float = 0  # activations and moments that the host keeps; not in the total
 
     @property
     def arguments(self) -> int:
         """What is there between steps."""
-        return self.weights + self.moments + self.batch
+        return self.weights + self.moments + self.batch + self.companions
 
     @property
     def total(self) -> float:
@@ -46,6 +47,7 @@ def memory_of_step(
     mesh: MeshConfig,
     sizes: Mapping[str, int],
     held: Held,
+    companions: int,
     *,
     rows: int,
     context: int,
@@ -69,6 +71,7 @@ def memory_of_step(
             + (_slices_bytes(model, held, tokens) if copies_slices else 0),
             _loss_bytes(model, sizes["tensor"], rows, min(model.loss_chunk, context // sizes["sequence"])),
         ),
+        companions=companions,
         on_host=_offloaded_elements(model) * tokens * width + away,
     )
 

@@ -41,6 +41,8 @@ def plan_lines(config: RunConfig, stage: Stage, plan: Estimate, assumed: Assumpt
         ("memory of a device", f"{size(memory.total)}, estimated: {verdict(memory.total, plan)}"),
         *((f"  {name}", size(getattr(memory, kind))) for kind, name in KINDS.items()),
     ]
+    if memory.companions:
+        rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of rollouts"))
     if memory.on_host:
         rows.append(("  on the host", f"{size(memory.on_host)} of activations"))
     resource, seconds = plan.bound

@@ -1,7 +1,7 @@
 """The rollouts of one policy as rows to train on, on the host and on disk.
 
 They are written as soon as they are made and named by a digest that every checkpoint keeps: a run that goes on in the
-middle of a generation trains on the same completions, of weights that are gone.
+middle of a generation, or that has made the next one ahead, trains on the same completions, of weights that are gone.
 
 Shapes: N rows of a generation, T tokens of a row.
 """
@@ -62,8 +62,9 @@ def packed(rows: Batch, multiple: int) -> Batch:
     return together
 
 
-def path_of(folder: pathlib.Path, stage: str, generation: int) -> pathlib.Path:
-    return folder / FOLDER / f"{stage}_{generation}.npz"
+def path_of(folder: pathlib.Path, stage: str, generation: int, *, ahead: bool = False) -> pathlib.Path:
+    """Where the rows of a generation lie, or what of it was made ahead, before its rows were scored."""
+    return folder / FOLDER / f"{stage}_{generation}{'_ahead' if ahead else ''}.npz"
 
 
 def digest(rows: Mapping[str, np.ndarray]) -> str:
@@ -102,8 +103,9 @@ def read_rows(path: pathlib.Path, expected: str) -> Batch:
 
 
 def delete_others(folder: pathlib.Path, stage: str, kept: Collection[int]) -> None:
-    """Deletes the rollouts of a stage but for those of the generations `kept`."""
+    """Deletes the rollouts of a stage but for those of the generations `kept`, and what was made ahead of these."""
     wanted = {path_of(folder, stage, generation) for generation in kept}
+    wanted |= {path_of(folder, stage, generation + 1, ahead=True) for generation in kept}
     for path in (folder / FOLDER).glob(f"{stage}_*.npz"):
         if path not in wanted:
             path.unlink(missing_ok=True)

@@ -7,7 +7,9 @@ Shapes: P prompts, G completions of each.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -23,64 +25,102 @@ from lightning_jax.rewards import (
     ByDataset,
     CodeReward,
     Completion,
+    Endpoint,
+    FormatReward,
+    GradedJudge,
     IFEvalReward,
     MathReward,
-    Reward,
+    PairwiseJudge,
+    Rescaled,
     RewardFunction,
+    RewardModelReward,
     Sandbox,
     Tulu3IFEvalReward,
     WeightedSum,
     gsm8k_reward,
     puzzle_reward,
 )
+from lightning_jax.trained_reward_model import load_reward_model
 
 
-def _gsm8k(stack: contextlib.ExitStack) -> RewardFunction:
-    return gsm8k_reward
+@dataclass(frozen=True)
+class Opening:
+    """What rewards are opened with: their numbers, what ends the processes that they need, and who is told."""
+
+    config: RewardConfig
+    stack: contextlib.ExitStack
+    say: Callable[[str], None]
+
+    def math(self) -> RewardFunction:
+        return self.stack.enter_context(MathReward())
+
+    def code(self) -> RewardFunction:
+        sandbox = Sandbox(self.config.code_workers, unsafe=self.config.unsafe_code)
+        return CodeReward(self.stack.enter_context(sandbox))
+
+    def tulu3(self) -> RewardFunction:
+        """By the data sets of RLVR-GSM-MATH-IF-Mixed."""
+        return ByDataset({"gsm8k": gsm8k_reward, "MATH": self.math(), "ifeval": Tulu3IFEvalReward()})
+
+    def minimax_m1(self) -> RewardFunction:
+        """By the kinds of task of MiniMax-M1's sections 4.1 and 4.2."""
+        verified = {"math": self.math(), "logic": puzzle_reward, "code": self.code()}
+        return ByDataset(verified | {"general_graded": self.graded_judge(), "general": self.pairwise_judge()})
+
+    def graded_judge(self) -> RewardFunction:
+        return GradedJudge(self._endpoint(), self.config.judge.threads)
+
+    def pairwise_judge(self) -> RewardFunction:
+        return PairwiseJudge(self._endpoint(), self.config.judge.threads)
+
+    def reward_model(self) -> RewardFunction:
+        use = self.config.reward_model
+        reward = RewardModelReward(load_reward_model(use.folder, say=self.say))
+        return Rescaled(reward, use.shift, use.scale, use.low, use.high)
+
+    def _endpoint(self) -> Endpoint:
+        judge = self.config.judge
+        key = os.environ.get(judge.api_key_variable) if judge.api_key_variable else None
+        if judge.api_key_variable and not key:
+            raise UserError(f"rewards.judge.api_key_variable: {judge.api_key_variable} is not set in the environment")
+        options = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
+        return Endpoint(judge.url, judge.model, key, options, judge.seconds)
 
 
-def _math(stack: contextlib.ExitStack) -> RewardFunction:
-    return stack.enter_context(MathReward())
-
-
-def _ifeval(stack: contextlib.ExitStack) -> RewardFunction:
-    return IFEvalReward()
-
-
-def _code(stack: contextlib.ExitStack) -> RewardFunction:
-    return CodeReward(stack.enter_context(Sandbox()))
-
-
-def _puzzle(stack: contextlib.ExitStack) -> RewardFunction:
-    return puzzle_reward
-
-
-def _tulu3(stack: contextlib.ExitStack) -> RewardFunction:
-    """By the data sets of RLVR-GSM-MATH-IF-Mixed."""
-    return ByDataset({"gsm8k": gsm8k_reward, "MATH": _math(stack), "ifeval": Tulu3IFEvalReward()})
-
-
-REWARDS: dict[str, Callable[[contextlib.ExitStack], RewardFunction]] = {
-    "gsm8k": _gsm8k,
-    "math": _math,
-    "ifeval": _ifeval,
-    "code": _code,
-    "puzzle": _puzzle,
-    "tulu3": _tulu3,
+REWARDS: dict[str, Callable[[Opening], RewardFunction]] = {
+    "gsm8k": lambda opening: gsm8k_reward,
+    "math": Opening.math,
+    "ifeval": lambda opening: IFEvalReward(),
+    "code": Opening.code,
+    "puzzle": lambda opening: puzzle_reward,
+    "tulu3": Opening.tulu3,
+    "reward_model": Opening.reward_model,
+    "minimax_m1": Opening.minimax_m1,
+    "form": lambda opening: FormatReward(think_is_open=False, answer_tags=False),
+    "graded_judge": Opening.graded_judge,
+    "pairwise_judge": Opening.pairwise_judge,
 }
 
 
-def open_rewards(config: RewardConfig, stack: contextlib.ExitStack) -> RewardFunction:
+def open_rewards(config: RewardConfig, stack: contextlib.ExitStack, say: Callable[[str], None]) -> RewardFunction:
     """The weighted sum that the config names; what it needs (processes) ends with the stack.
 
     Raises:
-        UserError: a name that is no reward.
+        UserError: a name that is no reward, or what it needs is not here.
     """
     unknown = [name for name in config.weights if name not in REWARDS]
     if unknown:
         lines = [f"rewards.weights.{name}: no such reward; {nearest_name(name, REWARDS)}" for name in unknown]
         raise UserError("\n".join(lines))
-    return WeightedSum({name: (weight, REWARDS[name](stack)) for name, weight in config.weights.items()})
+    opening = Opening(config, stack, say)
+    return WeightedSum({name: (weight, REWARDS[name](opening)) for name, weight in config.weights.items()})
+
+
+class Verdicts(NamedTuple):
+    """What verifiers say of completions [N], on process 0; nothing on the others."""
+
+    reward_N: np.ndarray  # float64; NaN where they could not
+    reasons: list[str]
 
 
 class Grades(NamedTuple):
@@ -91,15 +131,11 @@ class Grades(NamedTuple):
     reasons: list[list[str]]  # on process 0; "" on the others
 
 
-def grade(
-    function: RewardFunction,
-    config: RewardConfig,
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Sampled]],
-    *,
-    max_new_tokens: int,
-) -> Grades:
-    """Grades the completions of each prompt; process 0 asks the verifiers, for clocks may tell processes apart."""
+def verify(function: RewardFunction, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sampled]]) -> Verdicts:
+    """Asks the verifiers about the completions of each prompt, on process 0: clocks may tell processes apart.
+
+    It uses no devices but those of the rewards, and so may run beside a training step.
+    """
     completions = [
         Completion(
             prompt=prompt.chat,
@@ -111,17 +147,34 @@ def grade(
         for prompt, group in zip(prompts, groups, strict=True)
         for sampled in group
     ]
-    first = jax.process_index() == 0
-    rewards: Sequence[Reward | None] = function(completions) if first else [None] * len(completions)
-    values = np.array([np.nan if reward is None or reward.score is None else reward.score for reward in rewards])
-    values = np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values
+    if jax.process_index():
+        return Verdicts(np.full(len(completions), np.nan), [""] * len(completions))
+    rewards = function(completions)
+    values = [np.nan if reward.score is None else reward.score for reward in rewards]
+    return Verdicts(np.array(values), [reward.reason for reward in rewards])
+
+
+def grade(
+    verdicts: Verdicts, config: RewardConfig, groups: Sequence[Sequence[Sampled]], *, max_new_tokens: int
+) -> Grades:
+    """Scores by the verdicts, the same on all processes."""
+    reward_N = verdicts.reward_N
+    if jax.process_count() > 1:
+        reward_N = np.asarray(multihost_utils.broadcast_one_to_all(reward_N))
+    sampled = [each for group in groups for each in group]
     scores = [
-        shaped(value, config, completion.tokens, finished=completion.finished, max_new_tokens=max_new_tokens)
-        for value, completion in zip(values, completions, strict=True)
+        shaped(
+            reward,
+            config,
+            len(each.ids),
+            finished=each.finish_reason == "stop",
+            max_new_tokens=max_new_tokens,
+        )
+        for reward, each in zip(reward_N, sampled, strict=True)
     ]
     shape = (len(groups), -1)
-    reasons = np.array(["" if reward is None else reward.reason for reward in rewards], object)
-    return Grades(values.reshape(shape), np.array(scores).reshape(shape), reasons.reshape(shape).tolist())
+    reasons = np.array(verdicts.reasons, object).reshape(shape).tolist()
+    return Grades(reward_N.reshape(shape), np.array(scores).reshape(shape), reasons)
 
 
 def shaped(reward: float, config: RewardConfig, tokens: int, *, finished: bool, max_new_tokens: int) -> float:

@@ -5,11 +5,14 @@ Shapes: N rows of a generation, R of an update, T tokens of a row.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lightning_jax.checkpoints.checkpoints import SAVING
@@ -17,22 +20,26 @@ from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.input_pipeline.prompts import Prompts
+from lightning_jax.input_pipeline.shuffle import fold_key, shuffled
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
 from lightning_jax.references.running_stage import Key, RunningStage
 from lightning_jax.reinforcement.collecting import Collected, Collector
 from lightning_jax.reinforcement.experience import delete_others, digest, packed, path_of, read_rows, write_rows
-from lightning_jax.reinforcement.grading import open_rewards
-from lightning_jax.train_step import Batch
+from lightning_jax.reinforcement.generated import Begun, Generated
+from lightning_jax.reinforcement.grading import Verdicts, open_rewards
+from lightning_jax.reinforcement.sampling_policy import Position
+from lightning_jax.train_step import Batch, TrainState
 
 EXACT_ROUNDING = "--xla_allow_excess_precision=false"
 
-# What a checkpoint keeps of the stage: how many prompts were used, and the digest of the rollouts in use.
-Position = dict[str, Any]
+# What a checkpoint keeps of the stage: digests of the last generation's rollouts and, where they are made ahead, of the
+# next one's. The position in the prompts is in these files.
+Saved = dict[str, Any]
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, say: Callable[[str], None]) -> None:
     """What would stop a stage of reinforcement learning, said before the stages in front of it are trained.
 
     Raises:
@@ -42,7 +49,7 @@ def check(config: RunConfig) -> None:
         if (settings := config.stages[name].reinforcement) is None:
             continue
         with contextlib.ExitStack() as stack:
-            open_rewards(settings.rewards, stack)
+            open_rewards(settings.rewards, stack, say)
         field, problems = f"config.stages.{name}.reinforcement.rollouts.mode", []
         if settings.rollouts.mode == "aligned" and config.model.logits_dtype != "float32":
             problems.append(f"{field}: 'aligned' needs an fp32 head; model.logits_dtype=float32")
@@ -59,18 +66,22 @@ class Record(Protocol):
 
 
 class RolloutData:
-    """Rollouts as batches (a `StageData`), and the position in them.
+    """Rollouts as batches (a `StageData`), and what a run needs to go on with them.
+
+    With a staleness of 1 the completions of the next generation are made before the first update on the present one,
+    and verified, by a thread, while the updates go on. Devices that serve both take turns, so it is the verifiers' time
+    that is gained; the thread starts no program of several devices, which must all be started in one order on each.
 
     Args:
-        params: what is trained, as the run goes on; the reference where the stage begins.
-        position: of the checkpoint from which the run goes on in the middle of the stage; None where it begins.
+        state: to go on from; the policy is the reference where the stage begins.
+        saved: of the checkpoint from which the run goes on in the middle of the stage; None where it begins.
         record: is told of each generation.
 
     Attributes:
         reference_key: of the model as the stage began, where the objective asks for it.
 
     Raises:
-        UserError: a reference that is gone.
+        UserError: a reference or rollouts that are gone.
     """
 
     def __init__(
@@ -78,45 +89,58 @@ class RolloutData:
         config: RunConfig,
         prompts: Mapping[str, Prompts],
         tokenizer: Tokenizer,
-        params: nnx.State,
-        position: Position | None,
+        state: TrainState,
+        saved: Saved | None,
         place: RunningStage,
         record: Record,
     ):
         self._place, self._stage, self._record = place, place.stage, record
         self._settings = place.stage.config.reinforcement
+        self._seed = config.seed
         self._stack = contextlib.ExitStack()
-        reward = open_rewards(self._settings.rewards, self._stack)
-        self.collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
+        reward = open_rewards(self._settings.rewards, self._stack, place.say)
+        self._collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
         self._reference: nnx.State | None = None
         self.reference_key: Key | None = None
         if self._settings.policy_gradient.kl_coefficient:
-            self._reference, self.reference_key = kept_params(params, place)
-        self.position: Position = position or {"prompts": 0, "rollouts": ""}
+            self._reference, self.reference_key = kept_params(state.params, place)
+        self._updates = self._settings.rollouts.updates
+        self._saved: Saved = saved or {}
         self._rows: HostBatch | None = None
-        sizes = ", ".join(f"{name} {len(each.train):,}" for name, each in prompts.items())
-        rollouts = self._settings.rollouts
-        self._updates = rollouts.updates
+        self._made = Position()
+        self._ahead: Generated | None = None
+        self._begun: tuple[Begun, Future[tuple[Verdicts, float]], nnx.State | None] | None = None
+        self._thread = ThreadPoolExecutor(1) if self._settings.rollouts.staleness else None
+        if saved:
+            self._restore((int(state.step) - place.stage.first_step - 1) // self._updates)
+        sizes = ", ".join(f"{name} {size:,}" for name, size in self._collector.sampling_policy.sizes.items())
         self.description = (
-            f"{self.collector.num_prompts:,} prompts x {rollouts.samples} completions for every "
+            f"{self._collector.num_prompts:,} prompts x {self._settings.rollouts.samples} completions for every "
             f"{self._updates} updates; prompts: {sizes}"
         )
+
+    @property
+    def position(self) -> Saved:
+        """What a checkpoint keeps; waits for the verifiers of rollouts that are made ahead."""
+        self._settle()
+        return self._saved
 
     def needs_params(self, step: int) -> bool:
         return step % self._updates == 0
 
-    def batch(self, step: int, params: nnx.State) -> Batch:
-        generation = step // self._updates
+    def batch(self, step: int, state: TrainState) -> Batch:
         if self.needs_params(step):
-            self._rows = self._make(generation, step, params)
-        elif self._rows is None:
-            self._rows = read_rows(self._path(generation), self.position["rollouts"])
+            self._rows = self._make(step // self._updates, step, state)
         return self._place.programs.on_devices(self.again(step))
 
     def again(self, step: int) -> HostBatch:
+        """Each pass over a generation's rows takes them in an order of its own."""
         size, programs = self._stage.batch_sizes.rows(step), self._place.programs
-        first = step % self._updates * size
-        batch = {name: rows[first : first + size] for name, rows in self._rows.items()}
+        row_B = np.arange(size) + step % self._updates * size
+        if self._settings.rollouts.epochs > 1:
+            key = fold_key("epochs", self._seed, self._stage.name, step // self._updates)
+            row_B = shuffled(row_B, len(self._rows["inputs"]), key)
+        batch = {name: rows[row_B] for name, rows in self._rows.items()}
         if self._stage.config.mixture.packing == "best_fit":
             # Eight numbers of rows at most, for each of which a step is compiled.
             batch = packed(batch, multiple=-(-size // (8 * programs.shards)) * programs.shards)
@@ -124,23 +148,61 @@ class RolloutData:
         own = slice(programs.host.index * share, (programs.host.index + 1) * share)
         return {name: rows[own] for name, rows in batch.items()}
 
+    def validation_rewards(self, params: nnx.State, most: int) -> dict[str, float]:
+        """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
+        self._settle()  # verifiers do one thing at a time
+        return self._collector.validation_rewards(params, most)
+
     def close(self) -> None:
+        if self._thread:
+            self._thread.shutdown()
         self._stack.close()
 
-    def _make(self, generation: int, step: int, params: nnx.State) -> HostBatch:
-        collected = self.collector.collect(generation, self.position["prompts"], params, self._reference)
-        self.position = {"prompts": collected.next_prompt, "rollouts": digest(collected.rows)}
+    def _make(self, generation: int, step: int, state: TrainState) -> HostBatch:
+        self._settle()
+        generated = self._ahead or self._collector.generate(generation, self._made, state.params)
+        value = state.value and state.value.params
+        collected = self._collector.finish(generation, generated, state.params, self._reference, value)
+        self._made, self._ahead = generated.position, None
+        arrays = collected.rows | self._made.arrays()
+        self._saved = {"rollouts": digest(arrays)}
         if jax.process_index() == 0:
-            write_rows(self._path(generation), collected.rows)
+            write_rows(self._path(generation), arrays)
             delete_others(self._place.run, self._stage.name, {generation, *self._needed_by_checkpoints()})
+        if self._thread and generation + 1 < self._collector.num_generations:
+            begun = self._collector.begin(generation + 1, self._made, state.params)
+            # The next step uses these parameters up, and further prompts would be asked of them.
+            kept = jax.tree.map(jnp.copy, state.params) if self._settings.rollouts.dynamic_sampling else None
+            self._begun = begun, self._thread.submit(self._collector.verify, begun), kept
         self._record(self._stage.first_step + step + 1, collected)
         return collected.rows
 
-    def _path(self, generation: int) -> Path:
-        return path_of(self._place.run, self._stage.name, generation)
+    def _settle(self) -> None:
+        """Completes the generation that is made ahead, if one is."""
+        if self._begun is None:
+            return
+        begun, verified, params = self._begun
+        self._place.progress("waiting for the verifiers")
+        self._ahead, self._begun = self._collector.complete(begun, verified.result(), params), None
+        arrays = self._ahead.arrays()
+        self._saved |= {"ahead": digest(arrays)}
+        if jax.process_index() == 0:
+            write_rows(self._path(begun.generation, ahead=True), arrays)
+
+    def _restore(self, generation: int) -> None:
+        """Goes on behind or in the middle of a generation."""
+        arrays = read_rows(self._path(generation), self._saved["rollouts"])
+        self._made = Position.of_arrays(arrays)
+        self._rows = {name: array for name, array in arrays.items() if name not in self._made.arrays()}
+        if "ahead" in self._saved:
+            ahead = read_rows(self._path(generation + 1, ahead=True), self._saved["ahead"])
+            self._ahead = Generated.of_arrays(ahead)
+
+    def _path(self, generation: int, *, ahead: bool = False) -> Path:
+        return path_of(self._place.run, self._stage.name, generation, ahead=ahead)
 
     def _needed_by_checkpoints(self) -> set[int]:
-        """The generations in the middle of which a checkpoint was saved, or is being saved."""
+        """The generations in the middle of which, or behind which, a checkpoint was saved, or is being saved."""
         names = [path.name.removesuffix(SAVING) for path in (self._place.run / CHECKPOINTS).glob("*")]
         steps = [int(name) - self._stage.first_step for name in names if name.isdecimal()]
-        return {step // self._updates for step in steps if step > 0 and not self.needs_params(step)}
+        return {(step - 1) // self._updates for step in steps if step > 0}

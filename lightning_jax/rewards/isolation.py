@@ -13,7 +13,10 @@ from pathlib import Path
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.system_calls import ARCHITECTURES
 
-WAYS_OUT = "apt install bubblewrap (0.8 or newer; Debian 12, Ubuntu 24.04), or run code without isolation by `--unsafe`"
+WAYS_OUT = (
+    "apt install bubblewrap (0.8 or newer; Debian 12, Ubuntu 24.04), or run code without isolation by "
+    "Sandbox(unsafe=True), in a config rewards.unsafe_code=true"
+)
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 

@@ -36,14 +36,13 @@ class LengthBias:
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
         rewards = self._reward(completions)
-        groups: dict[str, list[tuple[float, float]]] = {}
+        groups: dict[str, list[tuple[int, float]]] = {}
         for completion, reward in zip(completions, rewards, strict=True):
             if reward.score is not None:
                 key = json.dumps(completion.prompt, default=str)
-                groups.setdefault(key, []).append((float(np.log1p(completion.tokens)), reward.score))
+                groups.setdefault(key, []).append((completion.tokens, reward.score))
         for group in groups.values():
-            if len(group) > 1:
-                self._seen.extend(map(tuple, np.array(group) - np.mean(group, axis=0)))
+            self._seen.extend(map(tuple, relative(group)))
         above = self.correlation is not None and self.correlation > self._alarm
         if above and not self._alarmed:
             self._say(
@@ -56,11 +55,22 @@ class LengthBias:
     @property
     def correlation(self) -> float | None:
         """None while there are too few completions, or no differences among them."""
-        if len(self._seen) < FEWEST:
-            return None
-        lengths, scores = np.array(self._seen).T
-        spread = lengths.std() * scores.std()
-        return float((lengths * scores).mean() / spread) if spread > 1e-12 else None
+        return correlation(self._seen) if len(self._seen) >= FEWEST else None
+
+
+def relative(group: Sequence[tuple[int, float]]) -> np.ndarray:
+    """(log length, score) of the completions of one prompt, less their mean; none of a completion alone."""
+    if len(group) < 2:
+        return np.zeros((0, 2))
+    pairs = np.array([(np.log1p(tokens), score) for tokens, score in group])
+    return pairs - pairs.mean(axis=0)
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Of the two numbers of each pair, whose means are 0; None where one of them never differs."""
+    lengths, scores = np.array(pairs).reshape(-1, 2).T
+    spread = lengths.std() * scores.std() if len(lengths) else 0.0
+    return float((lengths * scores).mean() / spread) if spread > 1e-12 else None
 
 
 def padding_gain(reward: RewardFunction, completions: Sequence[Completion], padding: str) -> float:

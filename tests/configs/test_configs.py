@@ -164,19 +164,51 @@ def test_m1_as_published():
 
 def test_reinforcement_learning_of_m1_as_published():
     config = load("minimax_m1:456b")
-    stages = [config.stages[name] for name in config.stages if name.startswith("rl_")]
-    outputs = [stage.reinforcement.rollouts.max_new_tokens // 1024 for stage in stages]
-    assert outputs == [40, 48, 56, 64, 72, 80]
-    for stage in stages:
-        optimizer, learning = stage.optimizer, stage.reinforcement
-        assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-15)
-        assert (learning.rollouts.updates, learning.rollouts.repetition_tokens) == (16, 3000)
-        assert learning.rollouts.repetition_probability == 0.99
-        assert learning.rollouts.dynamic_sampling
-        policy = learning.policy_gradient
-        assert (policy.kl_coefficient, policy.mask_low, policy.mask_high, policy.is_weight_min) == (0, None, None, 0)
-        assert policy.reduction == "token_mean"
+    stage = config.stages["rl"]
+    optimizer, learning = stage.optimizer, stage.reinforcement
+    rollouts, policy = learning.rollouts, learning.policy_gradient
+    assert [limit // 1024 for limit in rollouts.lengths.limits] == [40, 48, 56, 64, 72, 80]
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-15)
+    assert (rollouts.updates, rollouts.repetition_tokens, rollouts.repetition_probability) == (16, 3000, 0.99)
+    assert rollouts.dynamic_sampling
+    assert rollouts.sample_filter == {"pass_rate": (0.0, 0.9)}
+    assert (policy.kl_coefficient, policy.mask_low, policy.mask_high, policy.is_weight_min) == (0, None, None, 0)
+    assert policy.reduction == "token_mean"
+    assert stage.mixture.start == {"rl_rules": 1.0, "rl_general": 0.0}
+    assert stage.mixture.end["rl_general"] > 0
     assert config.model.logits_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "warmup", "divergence", "completions", "episodes", "corpus"),
+    [
+        ("8b", 3e-7, 0, 0.05, 224, 10_000_000, "rlvr"),
+        ("70b", 1e-7, 250, 0.07, 640, 400_000, "rlvr"),
+        ("405b", 1e-7, 0, 0.05, 1856, 300_000, "rlvr_math"),
+    ],
+)
+def test_reinforcement_learning_of_tulu_3_as_published(size, rate, warmup, divergence, completions, episodes, corpus):
+    stage = load(f"tulu3:{size}").stages["rlvr"]
+    learning = stage.reinforcement
+    rollouts, policy, value = learning.rollouts, learning.policy_gradient, learning.value
+    rows = max(stage.batch_size.tokens) // stage.context_length
+    generations = stage.tokens // stage.context_length // rows // rollouts.updates
+    assert (rollouts.updates, rollouts.epochs, rollouts.samples, rows) == (4, 4, 1, completions)
+    assert 0 <= episodes - generations * completions < completions
+    assert (rollouts.max_new_tokens, rollouts.temperature, rollouts.staleness) == (2048, 1.0, 1)
+    assert (policy.mask_low, policy.mask_high, policy.is_weight_max) == (0.2, 0.2, None)
+    assert (policy.kl_estimator, policy.kl_coefficient, policy.kl_in) == ("k1", divergence, "reward")
+    assert (value.clip, value.coefficient, value.discount, value.trace) == (0.2, 0.1, 1.0, 0.95)
+    assert (value.whiten_rewards, value.whiten_advantages, value.reward_position) == (False, True, "after_eos")
+    assert value.reward_model == "runs/tulu3_8b_rm"
+    assert (value.model or load("tulu3:8b").model) == load("tulu3:8b").model
+    for optimizer, schedule in ((stage.optimizer, stage.schedule), (value.optimizer, value.schedule)):
+        assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
+        assert (schedule.peak, schedule.final, schedule.warmup_steps) == (rate, 0.0, warmup)
+        assert schedule.warmup_steps + schedule.decay_steps == 4 * generations
+    rewards = learning.rewards
+    assert (rewards.weights, rewards.unfinished, rewards.unfinished_score) == ({"tulu3": 10.0}, "replace", -10.0)
+    assert stage.mixture.start == {corpus: 1.0}
 
 
 def test_reinforcement_learning_of_tulu_3_1_as_released():
@@ -253,7 +285,7 @@ def test_tulu_3_as_published():
         rate = learning_rate(second.config.schedule, second.batch_sizes.num_steps)
         assert float(rate(128_000 // pairs // 10)) == pytest.approx(dpo)
         assert dataclasses.astuple(second.config.preference) == ("dpo_norm", 5.0, "cached")
-        assert {s.optimizer.weight_decay for s in config.stages.values()} == {0.0}
+        assert {s.optimizer.weight_decay for s in config.stages.values() if not s.reinforcement} == {0.0}
         assert {s.optimizer.clip_norm for s in config.stages.values() if not s.reinforcement} == {0.0}
     reward = load("tulu3:8b").stages["reward_model"]
     assert (reward.schedule.peak, reward.optimizer.epsilon, reward.batch_size.tokens) == (3e-6, 1e-5, (256 * 4096,))

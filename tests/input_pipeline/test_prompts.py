@@ -1,5 +1,6 @@
 """Prompts end where the assistant begins, keep what verifiers read, and hold out what fine-tuning holds out."""
 
+import dataclasses
 import json
 
 import pytest
@@ -82,3 +83,20 @@ def test_no_prompt_and_no_end_of_turn_are_told(tmp_path):
     missing = data(tmp_path, [], path=str(tmp_path / "nothing.jsonl"))
     with pytest.raises(SourceError, match=r"data.corpora.prompts: .*no such file"):
         read_prompts("prompts", missing, TOKENIZER, most_tokens=200)
+
+
+def test_of_parquet_files_the_columns_come_that_somebody_asks_for(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    columns = {
+        "prompt": ["1 + 1?"],
+        "ground_truth": ["2"],
+        "pass_rate": [0.5],
+        "strong_rate": [0.75],
+        "notes": ["long"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "prompts.parquet")
+    config = data(tmp_path, [], format="parquet", path=str(tmp_path / "prompts.parquet"))
+    config = dataclasses.replace(config, validation_fraction=0.0)
+    (prompt,) = read_prompts("prompts", config, TOKENIZER, most_tokens=200, fields={"strong_rate"}).train
+    assert prompt.record == {"ground_truth": "2", "pass_rate": 0.5, "strong_rate": 0.75}

@@ -89,6 +89,21 @@ def test_adapters_have_gradients_and_moments_of_their_own_size():
     assert plan.model_flops < plan.flops < plan.model_flops * 4 / 3
 
 
+def test_ppo_holds_a_reference_and_a_value_model_with_its_training_beside_the_policy():
+    config = load_config("configs/tulu3.py:8b", ["run_stages=rlvr"])
+    memory = estimate(config, plan_stages(config)[0], parse_slice("h100:4x8")).memory
+    # The reference; the value's weights, gradients and two moments.
+    assert memory.companions == (1 + 1 + 1 + 2) * memory.weights
+    config = load_config("configs/tulu3.py:8b", ["run_stages=rlvr_grpo"])
+    memory = estimate(config, plan_stages(config)[0], parse_slice("h100:8x8")).memory
+    assert memory.companions == memory.weights
+    rollouts = {"staleness": 1, "dynamic_sampling": True, "max_refills": 1}
+    overrides = [f"stages.rlvr_grpo.reinforcement.rollouts.{name}={value}" for name, value in rollouts.items()]
+    stale = load_config("configs/tulu3.py:8b", ["run_stages=rlvr_grpo", *overrides])
+    memory = estimate(stale, plan_stages(stale)[0], parse_slice("h100:8x8")).memory
+    assert memory.companions == 2 * memory.weights
+
+
 def test_flops_are_the_models_and_those_of_the_forward_passes_that_are_made_again():
     config, stage = planned("dense")
     plan = estimate(config, stage, EIGHT)

@@ -18,10 +18,12 @@ def write_prompts(folder: pathlib.Path, count: int = 40) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def arguments(folder: pathlib.Path, workdir: str, *, steps: int, **more: object) -> list[str]:
+def arguments(
+    folder: pathlib.Path, workdir: str, *, steps: int, config: str = CONFIG, stage: str = "rl", **more: object
+) -> list[str]:
     """Command-line arguments of the run; `more` are further overrides, with __ for dots."""
     overrides: dict[str, object] = {
-        "run_stages": "rl",
+        "run_stages": stage,
         "model.vocab_size": 260,
         "model.hidden_size": 16,
         "model.num_layers": 2,
@@ -41,18 +43,18 @@ def arguments(folder: pathlib.Path, workdir: str, *, steps: int, **more: object)
         "data.cache_dir": folder / "cache",
         "data.corpora.arithmetic.format": "jsonl",
         "data.corpora.arithmetic.path": folder / "prompts.jsonl",
-        "stages.rl.context_length": CONTEXT,
-        "stages.rl.batch_size.tokens": ROWS * CONTEXT,
-        "stages.rl.tokens": steps * ROWS * CONTEXT,
-        "stages.rl.schedule.peak": 3e-3,
-        "stages.rl.schedule.final": 3e-3,
-        "stages.rl.reinforcement.rollouts.samples": SAMPLES,
-        "stages.rl.reinforcement.rollouts.updates": UPDATES,
-        "stages.rl.reinforcement.rollouts.max_new_tokens": 8,
-        "stages.rl.reinforcement.rollouts.slots": 8,
-        "stages.rl.reinforcement.rollouts.decode_steps": 8,
-        "stages.rl.reinforcement.rollouts.prefill_tokens": 32,
-        "stages.rl.reinforcement.rollouts.max_refills": 1,
+        f"stages.{stage}.context_length": CONTEXT,
+        f"stages.{stage}.batch_size.tokens": ROWS * CONTEXT,
+        f"stages.{stage}.tokens": steps * ROWS * CONTEXT,
+        f"stages.{stage}.schedule.peak": 3e-3,
+        f"stages.{stage}.schedule.final": 3e-3,
+        f"stages.{stage}.reinforcement.rollouts.samples": SAMPLES,
+        f"stages.{stage}.reinforcement.rollouts.updates": UPDATES,
+        f"stages.{stage}.reinforcement.rollouts.max_new_tokens": 8,
+        f"stages.{stage}.reinforcement.rollouts.slots": 8,
+        f"stages.{stage}.reinforcement.rollouts.decode_steps": 8,
+        f"stages.{stage}.reinforcement.rollouts.prefill_tokens": 32,
+        f"stages.{stage}.reinforcement.rollouts.max_refills": 1,
         "metrics.log_every_steps": 1,
         "metrics.evaluate_every_steps": 8,
         "metrics.evaluation_batches": 1,
@@ -62,4 +64,4 @@ def arguments(folder: pathlib.Path, workdir: str, *, steps: int, **more: object)
     }
     overrides |= {name.replace("__", "."): value for name, value in more.items()}
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return [f"--config={CONFIG}", f"--workdir={folder / workdir}", *flags]
+    return [f"--config={config}", f"--workdir={folder / workdir}", *flags]
