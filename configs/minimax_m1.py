@@ -60,7 +60,7 @@ SIZES = ("laptop_softmax", "laptop", "1b", "8b", "456b")  # from the smallest up
 
 M1_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.1)  # weight decay undisclosed; Text-01's
 RL_ADAMW = adamw(beta2=0.95, epsilon=1e-15, weight_decay=0.0)  # section 3.2; weight decay and clipping undisclosed
-LAPTOP_RL_STEPS = 96  # eight to a generation
+LAPTOP_RL_STEPS = 128  # eight to a generation
 
 PRETRAINING = {"web": 0.3, "stem": 0.2, "code": 0.25, "books": 0.1, "reasoning": 0.15}  # within the 70%: ours
 LONG = ("long_32k_128k", "long_over_128k")
@@ -76,9 +76,8 @@ def _config(size: str, recipe: str) -> ConfigDict:
     return recipes.run(
         f"minimax_m1_{size}",
         model=_model(size),
-        data=recipes.embedded() if laptop else _data(),
+        data=_laptop_data() if laptop else _data(),
         stages=stages | ({"sft": _long_cot()} | _published_reinforcement() if published else {}),
-        run_stages=[name for name in stages if name != "rl"],
         laptop=laptop,
         replicate=laptop,
         expert_parallel=32 if published else 1,
@@ -94,6 +93,12 @@ def _model(size: str) -> ConfigDict:
     if size == "456b":
         model.update(expert_dispatch="capacity")  # tokens over capacity are dropped; its factor is undisclosed, ours
     return model
+
+
+def _laptop_data() -> ConfigDict:
+    data = recipes.embedded()
+    data.corpora.largest = corpus("generated", "largest", content="conversations")
+    return data
 
 
 def _data() -> ConfigDict:
@@ -131,19 +136,19 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             warmup_share=0.05,
             context_length=256,
             rope_theta=5e4,
-            mixture={"arithmetic": 1.0},
+            mixture={"largest": 1.0},
             packing="best_fit",
             batch_size=batch_size(batch),
             optimizer=M1_ADAMW,
             schedule=cosine(1e-3, 1e-4),
         ),
         "rl": stage(
-            tokens=LAPTOP_RL_STEPS * 32 * 96,
-            context_length=96,
+            tokens=LAPTOP_RL_STEPS * 64 * 40,
+            context_length=40,
             rope_theta=5e4,
-            mixture={"arithmetic": 1.0},
+            mixture={"largest": 1.0},
             packing="one_per_row",
-            batch_size=batch_size(32 * 96),
+            batch_size=batch_size(64 * 40),
             optimizer=RL_ADAMW,
             schedule=constant(1e-4),
             reinforcement=reinforcement(
@@ -152,12 +157,12 @@ def _laptop_stages() -> dict[str, ConfigDict]:
                 rollouts=rollouts(
                     samples=8,
                     updates=8,
-                    max_new_tokens=32,
+                    max_new_tokens=4,
                     slots=64,
                     dynamic_sampling=True,
                     max_refills=2,
-                    decode_steps=16,
-                    prefill_tokens=64,
+                    decode_steps=4,
+                    prefill_tokens=32,
                 ),
                 rewards=rewards(gsm8k=1.0),
             ),
