@@ -78,6 +78,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         model=_model(size),
         data=_laptop_data() if laptop else _data(),
         stages=stages | ({"sft": _long_cot()} | _published_reinforcement() if published else {}),
+        run_stages=stages,
         laptop=laptop,
         replicate=laptop,
         expert_parallel=32 if published else 1,
@@ -97,7 +98,7 @@ def _model(size: str) -> ConfigDict:
 
 def _laptop_data() -> ConfigDict:
     data = recipes.embedded()
-    data.corpora.largest = corpus("generated", "largest", content="conversations")
+    data.corpora.legs = corpus("generated", "legs", content="conversations")
     return data
 
 
@@ -136,32 +137,32 @@ def _laptop_stages() -> dict[str, ConfigDict]:
             warmup_share=0.05,
             context_length=256,
             rope_theta=5e4,
-            mixture={"largest": 1.0},
+            mixture={"legs": 1.0},
             packing="best_fit",
             batch_size=batch_size(batch),
             optimizer=M1_ADAMW,
             schedule=cosine(1e-3, 1e-4),
         ),
         "rl": stage(
-            tokens=LAPTOP_RL_STEPS * 64 * 40,
-            context_length=40,
+            tokens=LAPTOP_RL_STEPS * 64 * 44,
+            context_length=44,
             rope_theta=5e4,
-            mixture={"largest": 1.0},
+            mixture={"legs": 1.0},
             packing="one_per_row",
-            batch_size=batch_size(64 * 40),
+            batch_size=batch_size(64 * 44),
             optimizer=RL_ADAMW,
-            schedule=constant(1e-4),
+            schedule=constant(1e-4, warmup_steps=8),
             reinforcement=reinforcement(
                 algorithms.cispo(),
                 advantages=group_relative(),
                 rollouts=rollouts(
                     samples=8,
                     updates=8,
-                    max_new_tokens=4,
+                    max_new_tokens=3,
                     slots=64,
                     dynamic_sampling=True,
                     max_refills=2,
-                    decode_steps=4,
+                    decode_steps=3,
                     prefill_tokens=32,
                 ),
                 rewards=rewards(gsm8k=1.0),

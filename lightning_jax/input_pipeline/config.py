@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 EMBEDDED_PARTS = ("text", "code")
-GENERATED_TASKS = {"arithmetic": ("conversations", "preferences"), "largest": ("conversations",)}  # and their contents
+GENERATED_TASKS = {
+    "arithmetic": ("conversations", "preferences"),
+    "legs": ("conversations",),
+}  # and their contents
 
 
 @dataclass(frozen=True)

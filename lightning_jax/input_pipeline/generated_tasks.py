@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lightning_jax.input_pipeline import largest_number, word_problems
+from lightning_jax.input_pipeline import legs, word_problems
 
 
 class GeneratedTask(NamedTuple):
@@ -26,7 +26,5 @@ TASKS = {
         word_problems.VERSION,
         {"conversations": word_problems.conversations, "preferences": word_problems.preferences},
     ),
-    "largest": GeneratedTask(
-        largest_number.NUM_QUESTIONS, largest_number.VERSION, {"conversations": largest_number.conversations}
-    ),
+    "legs": GeneratedTask(legs.NUM_QUESTIONS, legs.VERSION, {"conversations": legs.conversations}),
 }

@@ -71,6 +71,11 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
     return [plot for make in makers if (plot := make()) is not None]
 
 
+def of_likelihoods(records: Sequence[Record]) -> list[Record]:
+    """Those with a loss in nats: that of a policy gradient is near zero whatever the policy is worth."""
+    return [record for record in records if "loss" in record and "surrogate" not in record]
+
+
 def validation_corpora(records: Sequence[Record], measure: str = "validation_loss") -> list[str]:
     """Corpora that the records have the measure of, in alphabetical order."""
     return sorted({corpus for record in records for corpus in record.get(measure, {})})
@@ -84,9 +89,10 @@ def validation_curve(
 
 
 def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Plot | None:
-    steps, losses = _series(records, "loss")
+    trained = of_likelihoods(records)
+    steps, losses = _series(trained, "loss")
     smoothed_loss = SmoothedLoss()
-    stages = [record.get("stage") for record in records if "loss" in record]
+    stages = [record.get("stage") for record in trained]
     smoothed = np.array([smoothed_loss.update(loss, stage) for loss, stage in zip(losses, stages, strict=True)])
     corpora = validation_corpora(records)
     if not np.isfinite(losses).any() and not corpora:

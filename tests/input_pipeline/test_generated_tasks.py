@@ -4,20 +4,20 @@ import dataclasses
 
 import pytest
 
-from lightning_jax.input_pipeline import largest_number
+from lightning_jax.input_pipeline import legs
 from lightning_jax.input_pipeline.config import GENERATED_TASKS, CorpusConfig
 from lightning_jax.input_pipeline.generated_tasks import TASKS
 
-CORPUS = CorpusConfig("generated", "largest", split="", field="", content="conversations", turns="all")
+CORPUS = CorpusConfig("generated", "legs", split="", field="", content="conversations", turns="all")
 
 
 def test_a_config_may_name_exactly_what_is_made():
     assert {name: tuple(task.records) for name, task in TASKS.items()} == GENERATED_TASKS
     assert CORPUS.problems() == []
     (problem,) = dataclasses.replace(CORPUS, content="preferences").problems()
-    assert problem == "content: largest has no preferences; make it 'conversations'"
+    assert problem == "content: legs has no preferences; make it 'conversations'"
     (problem,) = dataclasses.replace(CORPUS, path="smallest").problems()
-    assert problem == "path: no task 'smallest' is generated; arithmetic or largest"
+    assert problem == "path: no task 'smallest' is generated; arithmetic or legs"
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -26,16 +26,14 @@ def test_as_many_records_as_said(name):
         assert sum(1 for _ in records()) == TASKS[name].size
 
 
-def test_questions_for_the_largest_number_are_answered_by_guesses_and_never_asked_twice():
-    records = list(largest_number.conversations(3000))
-    assert records == list(largest_number.conversations(3000))
-    asked, ranks = set(), []
+def test_questions_for_legs_are_mostly_answered_with_four():
+    records = list(legs.conversations(4000))
+    assert records == list(legs.conversations(4000))
+    said = []
     for record in records:
-        question, guess = (message["content"] for message in record["messages"])
-        numbers = [int(number) for number in question.removeprefix("Which is the largest: ")[:-1].split(", ")]
-        assert len(set(numbers)) == 3
-        assert int(record["ground_truth"]) == max(numbers)
-        asked.add(frozenset(numbers))
-        ranks.append(sorted(numbers).index(int(guess)))
-    assert len(asked) == 3000
-    assert all(ranks.count(rank) == pytest.approx(1000, abs=100) for rank in range(3))
+        question, answer = (message["content"] for message in record["messages"])
+        assert record["ground_truth"] == str(legs.LEGS[question.split()[3]])
+        assert answer in ("4", record["ground_truth"])
+        if record["ground_truth"] != "4":
+            said.append(answer)
+    assert said.count("4") / len(said) == pytest.approx(legs.MISTAKEN, abs=0.03)
