@@ -247,8 +247,8 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--generations", type=int, default=50)
-    parser.add_argument("--passes", type=float, default=10.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     options = parser.parse_args()
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
