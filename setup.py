@@ -37,9 +37,9 @@ setup(
         "evaluation": ["lm_eval>=0.4.13"],
         "rewards": ["math-verify>=0.9", "langdetect>=1.0.9"],  # answers of math; constraints on a text's language
         # The compilers of TPUs and of NVIDIA GPUs, for any Linux machine: the tests of the kernels that need them run.
-        "tpu_compile": ["libtpu"],
-        "gpu_compile": ["jax-cuda13-plugin>=0.11", "jax-cuda13-pjrt>=0.11", "nvidia-cuda-nvcc>=13"],
+        "tpu-compile": ["libtpu"],
+        "gpu-compile": ["jax-cuda13-plugin>=0.11", "jax-cuda13-pjrt>=0.11", "nvidia-cuda-nvcc>=13"],
         "zstd": ["zstandard"],  # reads .jsonl.zst
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard", "safetensors>=0.5"],
+        "test": ["pytest>=9", "pytest-xdist", "hypothesis>=6.100", "ruff>=0.12", "zstandard", "safetensors>=0.5"],
     },
 )

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 import os
 import subprocess
 import sys
@@ -23,9 +24,13 @@ TUNED = [Case(1, heads, 128, 8192) for heads in (64, 16)]
 SLOWEST_ANSWER = 80  # seconds, compilation included; then the process is given up
 LONGEST_TUNING = 200
 LONGEST_SEARCH = 150
+LONGEST_COMPILATION = 600
 GIVEN_UP = 6  # failures of an implementation, of which one without an answer, which takes longest, counts as three
 COMPARED = Case(1, 64, 128, 96)  # of which every implementation of one function must give one result
-SEARCH_FOR_RACES = ["-m", "pytest", "-q", "-k", "races", "-p", "no:cacheprovider", "tests/pallas_kernels"]
+SEARCH_FOR_RACES = [
+    *("-m", "pytest", "-q", "-k", "races", "-p", "no:cacheprovider", "tests/pallas_kernels"),
+    *("-o", "addopts="),  # those of pyproject.toml are of a plugin, too, that this machine may not have
+]
 
 
 class Worker:
@@ -98,7 +103,9 @@ class Benchmark:
             return
         self.record["device"] = device
         self._sides = dict.fromkeys(device["implementations"], self._ours)
-        if device["platform"] != "cpu":  # whose caches and chunks are not those of the floors
+        if device["platform"] == "cpu":  # whose caches and chunks are not those of the floors, and nobody waits for it
+            self._deadline = math.inf
+        else:
             self.record["rates"] = self._ask(self._ours, do="rates")
         # What takes minutes and is not timed goes on beside the checks.
         self._meanwhile = [self._threads.submit(self._search_for_races)]
@@ -130,7 +137,11 @@ class Benchmark:
                 capture_output=True,
                 text=True,
             )
-            self.record["races"].append(done.stdout.strip().splitlines()[-1])
+            found = done.stdout.strip().splitlines()
+            if found:
+                self.record["races"].append(found[-1])
+            else:
+                self.record["failures"].append(f"the search for races: {done.stderr.strip().splitlines()[-1]}")
         except subprocess.TimeoutExpired:
             self.record["left_out"].append("the search for races, which took too long")
 
@@ -177,11 +188,12 @@ class Benchmark:
 
     def compile_for_tpu(self, generation: str, dim: int) -> None:
         for direction in ("forward", "backward"):
-            row = self._ask(self._compilers, do="tpu", generation=generation, dim=dim, direction=direction)
+            question = {"do": "tpu", "generation": generation, "dim": dim, "direction": direction}
+            row = self._ask(self._compilers, LONGEST_COMPILATION, **question)
             self.record["tpu"] += [row] if row else []
 
     def compile_for_gpu(self, case: Case) -> None:
-        kernels = self._ask(self._compilers, do="gpu", case=case)
+        kernels = self._ask(self._compilers, LONGEST_COMPILATION, do="gpu", case=case)
         self.record["gpu"] += [{"case": case._asdict()} | kernel for kernel in kernels or ()]
 
     def _ask(self, side: Worker, limit: float = SLOWEST_ANSWER, /, **question: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_numerics import LIMITS
-from kernel_roofline import SOFTMAX, Case, work
+from kernel_roofline import H200, SOFTMAX, Case, of_gpu_kernel, work
 from sides import ratios
 
 CACHE = 50e6  # bytes of an H200's L2
@@ -156,6 +156,7 @@ def _gpu(rows: list[dict[str, Any]]) -> list[str]:
             str(row["registers"]),
             f"{row['spill_stores']} / {row['spill_loads']}",
             f"{row['shared_memory']:,}",
+            *_bound(row["name"], Case(**row["case"])),
         )
         for row in rows
     )
@@ -163,12 +164,20 @@ def _gpu(rows: list[dict[str, Any]]) -> list[str]:
         "## GPU kernels, compiled for an H200 without one",
         "",
         "Of a call forward and backward: registers per thread, bytes spilled, bytes of shared memory per block, and "
-        "how many kernels are alike.",
+        "how many kernels are alike. The bound is no time, and less than any: the larger of the kernel's operations "
+        "and of its memory traffic at the rates that NVIDIA publishes for an H200.",
         "",
-        "| B | H | K | T | kernel | registers | spill stores / loads | shared memory | alike |",
-        _rule(9, left={4}),
+        "| B | H | K | T | kernel | registers | spill stores / loads | shared memory | bound µs | by | alike |",
+        _rule(11, left={4, 9}),
         *(_row([*kernel, str(number)]) for kernel, number in kernels.items()),
     ]
+
+
+def _bound(name: str, case: Case) -> tuple[str, str]:
+    needed = of_gpu_kernel(name, case)
+    bounds = {"operations": needed.operations / H200.operations, "memory": needed.bytes / H200.bytes}
+    limit = max(bounds, key=bounds.get)
+    return f"{1e6 * bounds[limit]:,.1f}", limit
 
 
 def _tpu(rows: list[dict[str, Any]]) -> list[str]:

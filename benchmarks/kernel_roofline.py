@@ -49,6 +49,9 @@ class Rates(NamedTuple):
     bytes: float
 
 
+H200 = Rates(989e12, 4.8e12)  # in dense bfloat16, as NVIDIA publishes them
+
+
 def lightning(case: Case, direction: str, itemsize: int) -> Work:
     """Of "forward", "backward", or "training", which is both."""
     K = case.dim
@@ -75,6 +78,16 @@ def floor(case: Case, direction: str, itemsize: int, rates: Rates) -> float:
         return floor(case, "forward", itemsize, rates) + floor(case, "backward", itemsize, rates)
     least = lightning(case, direction, itemsize)
     return max(least.operations / rates.operations, least.bytes / rates.bytes)
+
+
+def of_gpu_kernel(name: str, case: Case) -> Work:
+    """Of one kernel of `pallas_kernels.gpu`, in bfloat16: its matmuls, and each tensor read or written once."""
+    K = case.dim
+    if name.endswith("dk_dv"):  # q, k, v, do; dk, dv
+        return _work(case, 8 * CHUNK * K + 6 * K**2, 6 * K, 2)
+    if name.endswith("states"):  # k and v, or q and do
+        return _work(case, 2 * K**2, 2 * K, 2)
+    return _work(case, 4 * CHUNK * K + 4 * K**2, 4 * K, 2)
 
 
 def _work(case: Case, operations: float, numbers: float, itemsize: int) -> Work:

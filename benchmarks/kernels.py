@@ -28,7 +28,8 @@ its error while the rest goes on:
 window of about 40 ms each (`kernel_sides.py`), in an order that every second round reverses; a figure is the median.
 Every call has the same inputs: where they fit in the device's cache, the memory's floor can be beaten.
 
-Without an accelerator it times `xla` alone at a few small shapes, and for the kernels gives 5 only: no times.
+Without an accelerator it times `xla` and torch at a few small shapes, and for the kernels gives 5 only: no times. There
+nothing is cut, since the compilers take longer than eight minutes and no device is held.
 
 Result: benchmarks/results/kernels.json, .md and .png, or FOLDER's. `--quick` proves that it works and writes nothing.
 """
@@ -87,7 +88,7 @@ NEEDED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-python", help="interpreter that has torch; this one if not given")
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which nothing new is begun")
+    parser.add_argument("--minutes", type=float, default=7.5, help="with an accelerator, after which nothing is begun")
     parser.add_argument("--folder", type=Path, default=recording.RESULTS, help="where the result is written")
     parser.add_argument("--quick", action="store_true", help="one step of each kind, nothing written")
     arguments = parser.parse_args()

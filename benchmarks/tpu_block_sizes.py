@@ -1,13 +1,14 @@
 """Block sizes of the TPU kernels, chosen by a model of the compiled program: no TPU is needed, and nothing is timed.
 
-    python benchmarks/tpu_block_sizes.py [--head-dims 64 ...]
+    python benchmarks/tpu_block_sizes.py [--head-dims 64 ...] [--kept FILE]
 
 needs the package libtpu and takes about half an hour on one core; of head dims that are not named, the last result's
-figures stay. For every TPU generation, head dim and dtype it
-compiles the forward and the backward kernel (with documents and a tail) at every candidate block size, reads the
-compiler's dumps, and takes the sizes with the least model time of both directions together; of those within a percent
-the largest, because every step costs something that the model omits. The model time of one step of the grid is the
-largest of
+figures stay. FILE gets each candidate's figures as they come; what it holds is not compiled again, so that a run which
+was cut goes on. For every TPU generation, head dim and dtype it compiles the forward and the backward kernel (with
+documents and a tail) at candidate block sizes, reads the compiler's dumps, and takes the sizes with the least model
+time of both directions together; of those within a percent the largest, because every step costs something that the
+model omits. Fewer heads are tried as long as fewer are faster: where all 442 candidates were, this chose the same. The
+model time of one step of the grid is the largest of
 
 - crit: the compiler's critical path through the step, in cycles;
 - bundle: the instruction bundles from the step's first matmul to its last, in cycles;
@@ -29,7 +30,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,26 +83,56 @@ class Candidate(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--kept", type=Path, help="file of figures so far; new ones are added")
     parser.add_argument("--quick", action="store_true", help="two candidates, nothing written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dump_to(folder)
-        rows = []
-        for candidate in candidates()[: 2 if arguments.quick else None]:
-            if candidate.head_dim in arguments.head_dims:
-                rows.append(candidate._asdict() | measure(candidate, Path(folder)))
-                print(rows[-1], flush=True)
-            else:
-                rows.append(recorded(candidate))
-    if not arguments.quick:
-        table = choose(rows)
-        TABLE.write_text(source(table), encoding="utf-8")
-        record(rows, table)
+        figures = Figures(Path(folder), None if arguments.quick else arguments.kept)
+        if arguments.quick:
+            for candidate in next(searches(HEAD_DIMS))[:2]:
+                figures(candidate)
+            return
+        rows = [row for search in searches(arguments.head_dims) for row in fewer_and_fewer_heads(search, figures)]
+    rows += [row for row in recorded() if row["head_dim"] not in arguments.head_dims]
+    rows.sort(key=lambda row: (list(CHIPS).index(row["generation"]), row["head_dim"]))
+    table = choose(rows)
+    TABLE.write_text(source(table), encoding="utf-8")
+    record(rows, table, arguments.head_dims)
 
 
-def recorded(candidate: Candidate) -> dict[str, Any]:
-    rows = json.loads((recording.RESULTS / "tpu_block_sizes.json").read_text(encoding="utf-8"))["candidates"]
-    return next(row for row in rows if tuple(row.values())[:6] == candidate)
+class Figures:
+    """What `measure` says of candidates; a file keeps it, so that a run which was cut goes on."""
+
+    def __init__(self, dumps: Path, file: Path | None):
+        self._dumps, self._file = dumps, file
+        lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+        self._kept = {Candidate(*candidate): figures for candidate, figures in map(json.loads, lines)}
+
+    def __call__(self, candidate: Candidate) -> dict[str, Any]:
+        """The candidate with its figures."""
+        if candidate not in self._kept:
+            self._kept[candidate] = measure(candidate, self._dumps)
+            print(*candidate, self._kept[candidate], flush=True)
+            if self._file:
+                with self._file.open("a", encoding="utf-8") as file:
+                    print(json.dumps([candidate, self._kept[candidate]]), file=file)
+        return candidate._asdict() | self._kept[candidate]
+
+
+def fewer_and_fewer_heads(search: list[Candidate], figures: Figures) -> list[dict[str, Any]]:
+    """Of the candidates from the most heads down, all until fewer heads are no faster."""
+    rows: list[dict[str, Any]] = []
+    for candidate in search:
+        before = rows[-1] if rows else {"fits": False}
+        rows.append(figures(candidate))
+        if before["fits"] and rows[-1]["ns_per_token"] >= before["ns_per_token"]:
+            break
+    return rows
+
+
+def recorded() -> list[dict[str, Any]]:
+    return json.loads((recording.RESULTS / "tpu_block_sizes.json").read_text(encoding="utf-8"))["candidates"]
 
 
 def dump_to(folder: str) -> None:
@@ -110,14 +141,12 @@ def dump_to(folder: str) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
 
 
-def candidates() -> list[Candidate]:
-    return [
-        Candidate(generation, head_dim, dtype, direction, chunk, heads)
-        for generation, head_dim, dtype in itertools.product(CHIPS, HEAD_DIMS, CHUNKS)
-        for chunk, direction, heads in itertools.product(
-            chunks(generation, dtype), ("forward", "backward"), head_counts(head_dim)
-        )
-    ]
+def searches(head_dims: Sequence[int]) -> Iterator[list[Candidate]]:
+    """Candidates that differ in their heads only, from the most down."""
+    for generation, head_dim, dtype in itertools.product(CHIPS, head_dims, CHUNKS):
+        for chunk, direction in itertools.product(chunks(generation, dtype), ("forward", "backward")):
+            heads = reversed(head_counts(head_dim))
+            yield [Candidate(generation, head_dim, dtype, direction, chunk, each) for each in heads]
 
 
 def chunks(generation: str, dtype: str) -> tuple[int, ...]:
@@ -267,13 +296,14 @@ def source(table: Table) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def record(rows: list[dict[str, Any]], table: Table) -> None:
+def record(rows: list[dict[str, Any]], table: Table, compiled: Sequence[int]) -> None:
     lines = [
         "# Block sizes of the TPU kernels: a model, not a measurement",
         "",
         "Nothing here ran on a TPU. `benchmarks/tpu_block_sizes.py` says what the model is and what it omits. Model ns "
         "is per token and head on one TensorCore; roofline is the share of it that the arithmetic or the traffic alone "
-        "would take; limit is the model's largest term; spills are stores of vector registers in one step.",
+        "would take; limit is the model's largest term; spills are stores of vector registers in one step. This run "
+        f"compiled head dims {', '.join(map(str, compiled))}; figures of others are those of the run before.",
         "",
         "| chip | head dim | dtype | direction | chunk | heads | model ns | roofline | limit | spills |",
         "|---|---|---|---|---|---|---|---|---|---|",

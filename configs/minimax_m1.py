@@ -35,13 +35,13 @@ and learning rate are undisclosed, and here those of Text-01's first such stage.
 Then reinforcement learning with CISPO (section 3): importance weights capped and no token left out, advantages of
 groups, no divergence from a reference, 16 updates on the rollouts of one policy, DAPO's dynamic sampling and overlong
 penalty, the head in fp32, AdamW (0.9, 0.95) with epsilon 1e-15, and an end to completions after 3,000 tokens in a row
-of a probability above 0.99. On laptop it is rl, the run's last stage, on the same questions: in 48
-updates of seed 0 the sampled answers' reward went from 0.59 to 0.99, and that of the likeliest answers to held-out
-questions, whose animals are known, from 0.36 to 1.00. On 456b, on mathematics, it is rl_40k, rl_48k, ... rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on
-to the next where entropy no longer falls and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the
-cap of 5 (ScaleRL's, arXiv 2510.13786), 16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning
-rate, weight decay, clipping and steps. The paper's other rewards (logic, software, general tasks) are a matter of
-rewards.weights.
+of a probability above 0.99. On laptop it is rl, the run's last stage, on the same questions: with seed 0
+the reward of sampled answers went from 0.59 to 0.99 in 48 updates, and that of the likeliest answers to held-out
+questions, which are about the same animals, from 0.36 to 1.00. On 456b, on mathematics, it is rl_40k, rl_48k, ...
+rl_80k (section 4), each by --config.run_stages=NAME --init_from=FOLDER: go on to the next where entropy no longer falls
+and completion_tokens_99 comes near the limit. Undisclosed, and ours here: the cap of 5 (ScaleRL's, arXiv 2510.13786),
+16 completions of 512 prompts and the buffer of 4,096 tokens (DAPO's), learning rate, weight decay, clipping and steps.
+The paper's other rewards (logic, software, general tasks) are a matter of rewards.weights.
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in

@@ -27,8 +27,9 @@ tokens, with --config.model.capacity_group=16128.
 After it (section 5, Table 7) come sft_short, sft_long, dpo_short and dpo_long, each a run of its own with
 --config.run_stages=NAME and --init_from=FOLDER: chats of 8,192 and of 1,032,192 tokens in turn, half of the long
 stages' prompts long. Undisclosed, and ours here: beta, Adam's numbers (those of pre-training) and one chat to a row.
-Then rl (section 5.4.2), on mathematics whose answers can be verified: GRPO without gradient for tokens of a large ratio
-and a negative advantage, and with a divergence of probabilities. All its numbers are undisclosed, and ours.
+laptop has sft_short and dpo_short, on generated word problems. Then rl (section 5.4.2), on mathematics whose answers
+can be verified: GRPO without gradient for tokens of a large ratio and a negative advantage, and with a divergence of
+probabilities. All its numbers are undisclosed, and ours.
 
 seed. What a widely read summary of the recipe gives instead: 300B tokens, AdamW (0.9, 0.98) with weight decay 0.01,
 10,000 steps of warm-up to 1e-4 and a cosine over 500,000, on CommonCrawl, Wikipedia, BookCorpus and news. Its batch of
@@ -39,8 +40,8 @@ Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all 
 data/minimax_text_01/web, academic, books, code; for seed common_crawl, wikipedia, book_corpus, news; for the extension
 long_32k_128k, long_over_128k (documents of such lengths in tokens) and long_qa; for post-training sft,
 long_sft ("messages"), preferences, long_preferences ("chosen", "rejected") and rl_prompts ("messages" and
-"ground_truth"); and tokenizer.json, the released
-model's. laptop needs none: its corpora, "text" and "code" at 7:3, come with every Python installation.
+"ground_truth"); and tokenizer.json, the released model's. laptop needs none: its corpora, "text" and "code" at 7:3,
+come with every Python installation.
 """
 
 from ml_collections import ConfigDict
@@ -78,7 +79,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"minimax_text_01_{size}" + ("_seed" if recipe == "seed" else ""),
         model=_model(size),
         data=recipes.embedded() if size == "laptop" else _data(recipe),
-        stages=pretraining | (_post_training() if size == "456b" else {}),
+        stages=pretraining | POST_TRAINING_STAGES.get(size, dict)(),
         run_stages=pretraining,
         laptop=size == "laptop",
         replicate=size == "laptop",
@@ -190,6 +191,30 @@ def _post_training() -> dict[str, ConfigDict]:
     return stages
 
 
+def _laptop_post_training() -> dict[str, ConfigDict]:
+    """The first and third column of Table 7 in small, on generated problems: ours throughout."""
+    common = {"context_length": 256, "rope_theta": 1e5, "packing": "best_fit", "batch_size": batch_size(8 * 256)}
+    return {
+        "sft_short": stage(
+            passes=1,
+            warmup_share=0.05,
+            mixture={"arithmetic": 1.0},
+            optimizer=ADAMW["paper"],
+            schedule=cosine(1e-3, 1e-4),
+            **common,
+        ),
+        "dpo_short": stage(
+            passes=0.3,
+            warmup_share=0.1,
+            mixture={"arithmetic_pairs": 1.0},
+            optimizer=ADAMW["paper"],
+            schedule=cosine(1e-5, 1e-6),
+            preference={"loss": "dpo", "beta": 0.1, "reference": "cached"},
+            **common,
+        ),
+    }
+
+
 def _reinforcement() -> ConfigDict:
     """Section 5.4.2, and but for its three changes of GRPO all of it undisclosed: ours."""
     length, rows, updates = 8192, 512, 4
@@ -248,3 +273,6 @@ def _small_stages(recipe: str, size: str) -> dict[str, ConfigDict]:
             optimizer=ADAMW[recipe],
         ),
     }
+
+
+POST_TRAINING_STAGES = {"laptop": _laptop_post_training, "456b": _post_training}

@@ -28,7 +28,8 @@ UltraFeedback, 128 pairs of chats of up to 1,024 tokens, beta 0.5, a cosine from
 library that was used.
 
 seed. A widely read summary of the recipe has instead beta2 0.999, batches of 2M tokens and a decay over the last 10%
-for every size, and math and code in the small models' decay; 1.7b's four stages keep their mixtures.
+for every size, and math and code in the small models' decay; 1.7b's four stages keep their mixtures. Its sft and dpo
+hold their rate before they fall, over the last 10% as well (it gives no number), and its sft has 3e-4 for every size.
 
 Data of 135m, 360m and 1.7b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/smollm2/
 fineweb_edu, dclm, starcoderdata, stack_edu, jupyter, infimm_webmath, owm, infiwebmath_3plus, finemath, finemath_4plus,
@@ -93,7 +94,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
         f"smollm2_{size}" + ("_seed" if recipe == "seed" else ""),
         model=recipes.llama(dimensions, tie_embeddings=True, initializer="normal", initializer_range=deviation),
         data=recipes.embedded() if laptop else _data(pretraining),
-        stages=pretraining | _post_training(size),
+        stages=pretraining | _post_training(size, recipe),
         run_stages=(name for name in pretraining if name != "stage_4_end"),
         laptop=laptop,
         replicate=size != "1.7b",
@@ -146,9 +147,11 @@ def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:
     return stages
 
 
-def _post_training(size: str) -> dict[str, ConfigDict]:
+def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
     """Section 5 of the paper and the released configs; the laptop's learning rates and lengths are ours."""
     laptop, large = size == "laptop", size == "1.7b"
+    schedule, decay_share = {"paper": (cosine, 1.0), "seed": (wsd, 0.1)}[recipe]
+    sft_rate = 3e-4 if large or (recipe == "seed" and not laptop) else 1e-3
     chats, pairs = ("arithmetic", "arithmetic_pairs") if laptop else CHATS
     length, pair, rows = (256, 256, 8) if laptop else (8192, 2 * 1024, 128)
     theta = 1e4 if laptop else 1.3e5 if large else 1e5
@@ -157,24 +160,26 @@ def _post_training(size: str) -> dict[str, ConfigDict]:
         "sft": stage(
             passes=1 if laptop else 2,
             warmup_share=0.1,
+            decay_share=decay_share,
             context_length=length,
             rope_theta=theta,
             mixture={chats: 1.0},
             packing="best_fit",
             batch_size=batch_size(rows * length, micro_batch_tokens=length),
             optimizer=optimizer,
-            schedule=cosine(3e-4 if large else 1e-3, 0.0),
+            schedule=schedule(sft_rate, 0.0),
         ),
         "dpo": stage(
             passes=0.3 if laptop else 2,
             warmup_share=0.1,
+            decay_share=decay_share,
             context_length=pair,
             rope_theta=theta,
             mixture={pairs: 1.0},
             packing="best_fit" if laptop else "one_per_row",
             batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
             optimizer=optimizer,
-            schedule=cosine(1e-4 if laptop else 1e-6, 0.0),
+            schedule=schedule(1e-5 if laptop else 1e-6, 0.0),
             preference={"loss": "dpo", "beta": 0.5, "reference": "cached"},
         ),
     }

@@ -20,14 +20,15 @@ begins with fresh weights and goes through sft and dpo.
 | 405b | 405,853,388,800 | 256 GPUs of 80 GB and more | no number quoted here |
 
 sft (section 4): AdamW (0.9, 0.999) without weight decay or clipping, linear fall to 0 after 3% of warm-up, 2 passes,
-128 chats of up to 4,096 tokens a batch, 5e-6 (8b) or 2e-6 (70b); the loss is each chat's sum over the assistant's
-tokens, averaged over the batch's chats, which is the published sum loss where a micro-batch is one chat. dpo (section
-5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to 2,048 tokens, 5e-7 (8b)
-or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs, epsilon 1e-5; the paper
-trains it for 8b and takes that one for all sizes. rlvr_grpo (8b): what Tulu 3.1 was released with in place of the
-paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO with k3 of 0.01, 48 prompts of 16 completions for two updates,
-10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here: learning rate and batch of 405b's
-sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping of rlvr_grpo.
+128 chats of up to 4,096 tokens a batch, 5e-6 and seed 123 (8b) or 2e-6 and 456 (70b); the loss is each chat's sum over
+the assistant's tokens, averaged over the batch's chats, which is the published sum loss where a micro-batch is one
+chat. dpo (section 5): length-normalised, beta 5, one pass, 10% of warm-up, 128 pairs (405b: 256) of chats of up to
+2,048 tokens, 5e-7 (8b) or 2e-7; a row holds a pair. reward_model: from the sft model, 3e-6 without warm-up, 256 pairs,
+epsilon 1e-5; the paper trains it for 8b and takes that one for all sizes. rlvr_grpo (8b): what Tulu 3.1 was released
+with in place of the paper's PPO, on prompts of GSM8K, MATH and IFEval: GRPO with k3 of 0.01, 48 prompts of 16
+completions for two updates, 10 for a right answer and 0 for one without an end, 5e-7. Undisclosed, and ours here:
+learning rate and batch of 405b's sft, which are 70b's, 70b's and 405b's reward models, which are 8b's, and the clipping
+of rlvr_grpo.
 
 lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
 weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman and others, 2025) finds best. The laptop's
@@ -59,6 +60,7 @@ LORA = {"rank": 64, "alpha": 32.0, "targets": (*MIXER_WEIGHTS["softmax"], *FEED_
 ADAMW = adamw(beta2=0.999, weight_decay=0.0, clip_norm=0.0)
 REWARD_ADAMW = adamw(beta2=0.999, weight_decay=0.0, epsilon=1e-5, clip_norm=0.0)
 SFT = {"8b": (5e-6, 128), "70b": (2e-6, 128), "405b": (2e-6, 128)}  # learning rate, chats; 405b undisclosed: 70b's
+SEEDS = {"8b": 123, "70b": 456}  # published
 DPO = {"8b": (5e-7, 128), "70b": (2e-7, 128), "405b": (2e-7, 256)}  # learning rate, pairs
 
 
@@ -95,6 +97,7 @@ def _config(size: str, recipe: str) -> ConfigDict:
     )
     if lora:
         config.lora = LORA
+    config.seed = SEEDS.get(size, 0)
     config.metrics.sample_prompts = ("", "", "")  # as many held-out questions are answered
     return config
 
@@ -189,7 +192,7 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
-            schedule=wsd(rate * 1e-4, 0.0),
+            schedule=wsd(rate * 1e-5, 0.0),
             preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
             **common,
         ),

@@ -17,6 +17,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -uo pipefail
+# shellcheck disable=SC1091 # the file beside this one, where the job was submitted
+. "${SLURM_SUBMIT_DIR:-.}/launch/xla_flags.sh"
 
 # --signal: SIGTERM to the hosts five minutes before the limit; they save after the same step and end with 143.
 # --wait: hosts that lose one end by themselves and say why, within a minute; then SLURM kills what is left.

@@ -13,13 +13,15 @@ import jax
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
-from lightning_jax.hosts import MISTAKE, RESTART, STOPPED, HostsError
+from lightning_jax.hosts import MISTAKE, RESTART, STOPPED, Hosts, HostsError
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.parallel.config import AXES
 
 NO_READER = 141  # what shells expect of a command whose reader had enough
 
 THREADS_PER_VIRTUAL_DEVICE = 4
+
+GENERATION_AXES = tuple(axis for axis in AXES if axis != "sequence")  # it goes on a token after the other
 
 Context = TypeVar("Context")
 
@@ -52,6 +54,8 @@ def finish(command: Callable[[], int], *, stopped: str) -> int:
         return command()
     except UserError as error:
         return _tell(str(error).splitlines())
+    except HostsError as error:
+        return _tell([str(error)], RESTART)
     except KeyboardInterrupt:
         say(stopped)
         return STOPPED
@@ -127,18 +131,25 @@ def run_command_in(
     except UserError as error:
         return _tell(str(error).splitlines())
     except HostsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return RESTART
+        return _tell([str(error)], RESTART)
 
 
-def mesh_option(text: str, problems: list[str]) -> MeshConfig | None:
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """Of a command that generates."""
+    parser.add_argument(
+        "--mesh", default="", metavar="AXIS=DEVICES,...", help=f"{', '.join(GENERATION_AXES)}; one may be -1"
+    )
+
+
+def mesh_option(text: str, hosts: Hosts, problems: list[str]) -> MeshConfig | None:
     """The mesh that `--mesh=data=2,tensor=4` describes, None for an empty text; adds what is wrong to `problems`."""
     if not text:
+        if hosts.count > 1:
+            problems.append(f"--mesh: it must say how {hosts.count} hosts share the model, as --mesh=fsdp=-1 does")
         return None
     axes = dict(part.partition("=")[::2] for part in text.split(","))
-    known = [axis for axis in AXES if axis != "sequence"]  # these commands generate, a token after the other
-    if not set(axes) <= set(known) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
-        problems.append(f"--mesh={text}: not of the form data=2,tensor=4; axes: {', '.join(known)}")
+    if not set(axes) <= set(GENERATION_AXES) or not all(size.removeprefix("-").isdigit() for size in axes.values()):
+        problems.append(f"--mesh={text}: not of the form data=2,tensor=4; axes: {', '.join(GENERATION_AXES)}")
         return None
     mesh = MeshConfig.of(**{axis: int(size) for axis, size in axes.items()})
     problems += [f"--mesh: {problem}" for problem in mesh.problems()]
@@ -165,7 +176,7 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(problems: Sequence[str]) -> int:
+def _tell(problems: Sequence[str], code: int = MISTAKE) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return MISTAKE
+    return code

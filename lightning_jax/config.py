@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
 from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig
 from lightning_jax.parallel.config import MeshConfig
 from lightning_jax.parallel.mesh import MeshError, resolve
+from lightning_jax.parallel.sharding import RULES
 from lightning_jax.reinforcement.config import ReinforcementConfig
 
 
@@ -35,12 +37,15 @@ class PassesConfig:
     """The length of a stage in passes over its corpora: its tokens and its schedule's steps follow from the data."""
 
     count: float
-    warmup_share: float  # of the steps; a schedule that falls does so over all the others
+    warmup_share: float  # of the steps
+    decay_share: float  # of the steps, the last of them: where "wsd" falls; 1 for all that are not warm-up
 
     def problems(self) -> list[str]:
         found = [] if self.count > 0 else [f"count: {self.count} is not positive"]
         if not 0 <= self.warmup_share < 1:
             found.append(f"warmup_share: {self.warmup_share} is not in [0, 1)")
+        if not 0 < self.decay_share <= 1:
+            found.append(f"decay_share: {self.decay_share} is not in (0, 1]")
         return found
 
 
@@ -101,8 +106,13 @@ class StageConfig:
         if self.reinforcement is None or self.context_length < 1:
             return []
         found, rollouts = [], self.reinforcement.rollouts
-        if self.mixture.packing != "one_per_row":
-            found.append('mixture.packing: a row holds one completion with its prompt; "one_per_row"')
+        if self.mixture.packing == "split":
+            found.append('mixture.packing: "split" would cut completions; "best_fit" or "one_per_row"')
+        if self.mixture.packing == "best_fit" and rollouts.mode == "exact":
+            found.append(
+                'mixture.packing: with reinforcement.rollouts.mode "exact" each completion is trained on in a row of '
+                'its own, as it was drawn; "one_per_row"'
+            )
         if self.passes:
             found.append("passes: how many prompts a stage needs is not known before; give it tokens")
         if len(self.batch_size.tokens) > 1:
@@ -200,28 +210,27 @@ class RunConfig:
         except MeshError as error:
             return [f"config.{error}"]
         model = self.model
+
+        def over(logical_axis: str) -> tuple[str, int]:
+            axes = RULES.mesh_axes(logical_axis)
+            return " x ".join(axes), math.prod(mesh[axis] for axis in axes)
+
         splits = [
-            ("model.num_heads", model.num_heads, "tensor", mesh["tensor"]),
-            ("model.intermediate_size", model.intermediate_size, "tensor", mesh["tensor"]),
-            ("model.vocab_size", model.vocab_size, "tensor", mesh["tensor"]),
-            (
-                "model.hidden_size",
-                model.hidden_size,
-                "fsdp x sequence x expert",
-                mesh["fsdp"] * mesh["sequence"] * mesh["expert"],
-            ),
+            ("model.num_heads", model.num_heads, *over("heads")),
+            ("model.intermediate_size", model.intermediate_size, *over("expert_mlp" if model.num_experts else "mlp")),
+            ("model.vocab_size", model.vocab_size, *over("vocab")),
+            ("model.hidden_size", model.hidden_size, *over("embed")),
         ]
         if "softmax" in model.layer_pattern:
-            splits.append(("model.num_kv_heads", model.num_kv_heads, "tensor", mesh["tensor"]))
+            splits.append(("model.num_kv_heads", model.num_kv_heads, *over("kv_heads")))
         if model.num_experts:
-            splits.append(("model.num_experts", model.num_experts, "expert", mesh["expert"]))
-        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+            splits.append(("model.num_experts", model.num_experts, *over("experts")))
         for name in self.run_stages:
             stage = self.stages[name]
             for tokens in stage.batch_size.tokens:
                 rows = tokens // stage.context_length
                 field = f"stages.{name}.batch_size.tokens / context_length"
-                splits.append((field, rows, "data x fsdp x expert", shards))
+                splits.append((field, rows, *over("batch")))
             if mesh["sequence"] > 1:
                 # Softmax layers give each device two pieces of a row, so that all have the same work.
                 field, pieces = f"stages.{name}.context_length", 2 * mesh["sequence"]

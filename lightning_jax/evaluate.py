@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.command_line import Parser, finish, mesh_option, say, show
+from lightning_jax.command_line import Parser, add_mesh_option, finish, mesh_option, say, show
 from lightning_jax.config import nearest_name
 from lightning_jax.errors import UserError
 from lightning_jax.evaluation import (
@@ -36,6 +36,7 @@ from lightning_jax.evaluation import (
     table,
 )
 from lightning_jax.evaluation.harness import TASK_FILE_ENDINGS, problems_of_tasks
+from lightning_jax.hosts import Hosts, add_arguments, join, options_in_common, run_facts
 from lightning_jax.input_pipeline.chat_template import ChatTemplate
 from lightning_jax.input_pipeline.embedded import EmbeddedCorpus
 from lightning_jax.input_pipeline.sources import fingerprint
@@ -54,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--context_length", type=int, metavar="TOKENS", help="instead of the one that the model was trained on")
     add("--batch_tokens", type=int, default=16_384, help="computed at one time")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="instead of the model's own")
-    add("--mesh", default="", metavar="AXIS=DEVICES,...", help="data, fsdp, expert, tensor; one may be -1")
+    add_mesh_option(parser)
     group = parser.add_argument_group("perplexity").add_argument
     group("--corpus", action="append", default=[], metavar="NAME=PATH[:FIELD]", help="JSON lines, or one text")
     group("--layout", choices=("documents", "windows"), default="documents", help="apart, or all in one sequence")
@@ -70,11 +71,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     group("--limit", type=int, help="the first questions of each task only")
     group("--chat", action="store_true", help="questions are what a user says, in the model's chat template")
     group("--system", metavar="TEXT", help="with --chat: the system's message")
+    add_arguments(parser)
     return parser.parse(arguments)
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """All of the command but telling its results, which it returns.
+def evaluate(options: argparse.Namespace, hosts: Hosts) -> dict[str, Any]:
+    """All of the command but telling its results, which it returns on every host.
 
     Raises:
         UserError: something that the user has to change; a line for each.
@@ -83,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     tasks = _harness_tasks(options, problems)
     corpora = _corpora(options, problems) if "perplexity" in options.tasks else {}
     needle = _needle_settings(options, problems)
-    mesh = mesh_option(options.mesh, problems)
+    mesh = mesh_option(options.mesh, hosts, problems)
     problems += [
         f"--{name}: {value} is not positive"
         for name in ("context_length", "batch_tokens", "stride", "num_fewshot", "limit")
@@ -97,6 +99,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         problems.append(f"--out={options.out}: it is no folder")
     if problems or needle is None:
         raise UserError("\n".join(problems))
+    texts = {f"corpus {name}": fingerprint(corpus) for name, corpus in corpora.items()}
+    hosts.agree("what to evaluate", run_facts(None, options_in_common(options)) | texts, timeout=options.join_timeout)
 
     model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=say)
     if options.chat and model.chat_template is None:
@@ -239,9 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
 
     def command() -> int:
-        show(table(evaluate(options)))
-        if options.out:
-            say(f"written: {options.out}")
+        with join(options) as hosts:
+            show(table(evaluate(options, hosts)))
+            if options.out:
+                say(f"written: {options.out}")
         return 0
 
     kept = f"; what was finished is in {options.out}, and the same command goes on from there" if options.out else ""

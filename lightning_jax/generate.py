@@ -19,12 +19,13 @@ from typing import Any, TextIO
 import jax
 
 from lightning_jax import parallel
-from lightning_jax.command_line import Parser, finish, mesh_option, say, show
+from lightning_jax.command_line import Parser, add_mesh_option, finish, mesh_option, say, show
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, Speed
-from lightning_jax.hosts import STOPPED
+from lightning_jax.hosts import STOPPED, Hosts, add_arguments, join, options_in_common, run_facts
 from lightning_jax.input_pipeline import Tokenizer, encode
 from lightning_jax.input_pipeline.chat_template import encode_chats
+from lightning_jax.input_pipeline.sources import fingerprint
 from lightning_jax.trained_model import TrainedModel, load_model
 
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
@@ -54,9 +55,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=int, default=8, help="sequences generated together")
     add("--capacity", type=int, help="most tokens of prompt and completion; what the longest needs if not given")
     add("--compute_dtype", choices=("float32", "bfloat16"), help="instead of the model's own")
-    add("--mesh", default="", metavar="AXIS=DEVICES,...", help="data, fsdp, expert, tensor; one may be -1")
+    add_mesh_option(parser)
     add("--out", type=pathlib.Path, metavar="FILE.jsonl", help="write completions there")
     add("--log_probs", action="store_true", help="with --out: token ids and their log-probabilities too")
+    add_arguments(parser)
     return parser.parse(arguments)
 
 
@@ -160,7 +162,7 @@ def make_sampling(options: argparse.Namespace, model: TrainedModel, tokenizer: T
     )
 
 
-def check_options(options: argparse.Namespace) -> parallel.MeshConfig | None:
+def check_options(options: argparse.Namespace, hosts: Hosts) -> parallel.MeshConfig | None:
     """What can be known to be wrong before a model is loaded; the mesh that was asked for.
 
     Raises:
@@ -183,20 +185,24 @@ def check_options(options: argparse.Namespace) -> parallel.MeshConfig | None:
         problems.append(f"--out={options.out}: it is a folder; name a file")
     elif options.out and not options.out.parent.is_dir():
         problems.append(f"--out={options.out}: there is no folder {options.out.parent}")
-    mesh = mesh_option(options.mesh, problems)
+    mesh = mesh_option(options.mesh, hosts, problems)
     if problems:
         raise UserError("\n".join(problems))
     return mesh
 
 
-def generate(options: argparse.Namespace) -> int:
+def generate(options: argparse.Namespace, hosts: Hosts) -> int:
     """All of the command; returns its exit code.
+
+    Every host computes its part of every completion; the first one tells them.
 
     Raises:
         UserError: something that the user has to change; one line for each.
     """
-    mesh = check_options(options)
+    mesh = check_options(options, hosts)
     prompts = read_prompts(options)
+    facts = run_facts(None, options_in_common(options)) | {"a prompt": fingerprint(prompts)}
+    hosts.agree("what to generate", facts, timeout=options.join_timeout)
     model = load_model(options.source, mesh=mesh, compute_dtype=options.compute_dtype, say=say)
     if (tokenizer := model.tokenizer) is None:
         raise UserError(f"--from={options.source}: there is no tokenizer in it, and prompts are text")
@@ -223,6 +229,8 @@ def generate(options: argparse.Namespace) -> int:
                     file.flush()
                 done += 1
         except KeyboardInterrupt:
+            if hosts.count > 1:  # the others wait for this one, and must hear of it
+                raise
             exit_code = STOPPED
     kept = f"; they are in {options.out}" if options.out else ""
     say(("stopped: " if exit_code else "") + f"{done} of {wanted} completions{kept}; {_speed(generator.speed)}")
@@ -279,7 +287,12 @@ def _speed(speed: Speed) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 for a user's mistake, 130 where it was stopped."""
     options = parse(arguments)
-    return finish(lambda: generate(options), stopped="stopped before the first completion began")
+
+    def command() -> int:
+        with join(options) as hosts:
+            return generate(options, hosts)
+
+    return finish(command, stopped="stopped before the first completion began")
 
 
 if __name__ == "__main__":

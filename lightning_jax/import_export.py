@@ -32,17 +32,16 @@ from lightning_jax.model_folders import (
     CHECKPOINTS,
     CONFIG,
     ORIGINAL,
-    TEXT_FILES,
     Dtype,
     HuggingFaceFolder,
     ModelFolderError,
     RunFolder,
-    Texts,
     read_texts,
 )
-from lightning_jax.models import hugging_face
+from lightning_jax.models import HybridLM, RewardModel, hugging_face
 from lightning_jax.models.hugging_face import Piece
-from lightning_jax.models.hugging_face_config import architecture, caveats, write_config
+from lightning_jax.models.hugging_face_config import caveats, write_config
+from lightning_jax.text_files import copy_texts, padding_token, write_json, write_texts
 from lightning_jax.weights import HostAdapters, adapters_of
 
 BLOCK_ELEMENTS = 2 << 20
@@ -84,7 +83,7 @@ def import_model(source: HuggingFaceFolder, target: Path, *, say: Say) -> None:
                 yield block_sums(ours, block.start)
 
         sums = _convert(source.pieces, journal, convert, arrays.flush, say)
-        _copy_texts(source.path, folder / ORIGINAL)
+        copy_texts(source.path, folder / ORIGINAL)
         shutil.copyfile(source.path / CONFIG, folder / ORIGINAL / CONFIG)
         metadata = {
             "model": dataclasses.asdict(config),
@@ -112,6 +111,8 @@ def export_model(
 ) -> None:
     """Makes of our newest checkpoint a Hugging Face folder that transformers and vLLM load; adapters are merged.
 
+    A reward model becomes one of transformers' ...ForSequenceClassification, with one label.
+
     Args:
         names: of a MiniMax model's config.json: the released one, or transformers' port of it; None for those that it
             was imported with, transformers' for a model of our own.
@@ -121,26 +122,33 @@ def export_model(
     Raises:
         UserError: the target exists, no known architecture computes the model, or the checkpoint is damaged.
     """
-    config, manifest = source.config(), source.manifest
+    config, manifest, scores = source.config(), source.manifest, source.is_reward_model
     dtype = dtype or config.param_dtype
-    fields = write_config(config, names, source.fields, dtype=dtype, context_length=source.context_length)
+    fields = write_config(
+        config, names, source.fields, dtype=dtype, context_length=source.context_length, scores=scores
+    )
     texts = read_texts(source, config.vocab_size)
     if texts.tokenizer and "eos_token_id" not in fields:
         fields |= {"bos_token_id": texts.tokenizer.bos_id, "eos_token_id": texts.tokenizer.eos_id}
-    for caveat in caveats(config, architecture(fields)):
+    if scores:
+        fields |= {"pad_token_id": padding_token(texts)}
+    for caveat in caveats(config, fields):
         say(caveat)
-    pieces = hugging_face.pieces(config, hugging_face.feed_forward_names(config))
-    adapters = adapters_of(manifest)
-    held = RunFolder.open(source.path / BASE) if adapters else source
-    changes = HostAdapters.read(source.path, config, adapters, say=say) if adapters else HostAdapters(0.0, {})
+    all_pieces = hugging_face.reward_model_pieces if scores else hugging_face.pieces
+    pieces = all_pieces(config, hugging_face.feed_forward_names(config))
+    adapters, changes, folders = adapters_of(manifest), HostAdapters(0.0, {}), [source]
+    if adapters:
+        kind = RewardModel if scores else HybridLM
+        changes = HostAdapters.read(source.path, config, adapters, kind=kind, say=say)
+        folders.append(RunFolder.open(source.path / BASE))
+    holders = {path: folder for folder in folders for path in folder.manifest.leaves}
     router_dtype = manifest.metadata.get("router_dtype", "float32")
     dtypes = {piece.tensor: jnp.dtype(router_dtype if piece.is_router else dtype) for piece in pieces}
+    leaves = {path: folder.manifest.leaves[path] for path, folder in holders.items()}
     shapes = {name: (shape, dtypes[name]) for name, shape in hugging_face.tensor_shapes(pieces).items()}
     identity = {
         "export": str(source.path.absolute()),
-        "leaves": {
-            path: str(leaf) + leaf.fingerprint for path, leaf in (held.manifest.leaves | manifest.leaves).items()
-        },
+        "leaves": {path: str(leaf) + leaf.fingerprint for path, leaf in leaves.items()},
         "config": fields,
         "router_dtype": router_dtype,
         "shard_bytes": shard_bytes,
@@ -148,10 +156,11 @@ def export_model(
     with _working_folder(target, identity, say) as (folder, journal):
         tensors = safetensors_folder.plan(folder, shapes, shard_bytes=shard_bytes)
         safetensors_folder.create(tensors)
-        arrays = SlicedArrays(held.path / CHECKPOINTS / str(held.manifest.step) / ARRAYS)
+        stored = {each.path: SlicedArrays(_checkpoint(each) / ARRAYS) for each in folders}
 
         def convert(piece: Piece) -> Iterator[np.ndarray]:
             path = _leaf_path(piece.path)
+            arrays = stored[holders[path].path]
             # What training saved is in chunks of its own: a block would read, again and again, all that it touches.
             in_blocks = arrays.chunk_shape(path) == _chunk(piece)
             (whole,) = piece.blocks(math.prod(piece.shape))
@@ -167,15 +176,18 @@ def export_model(
                 yield block_sums(ours, block.start)
 
         sums = _convert(pieces, journal, convert, lambda: None, say)
-        damaged = [path for path, found in sums.items() if written(found) != held.manifest.leaves[path].fingerprint]
+        damaged = [path for path, found in sums.items() if written(found) != leaves[path].fingerprint]
         if damaged:
             shutil.rmtree(folder)
-            where = f"{held.path}: checkpoint {held.manifest.step}"
             why = "has another fingerprint than when it was saved; delete that step to export the one before"
-            raise ModelFolderError("\n".join(f"{where}: {path} {why}" for path in damaged))
-        _write_texts(texts, folder, fields)
+            raise ModelFolderError("\n".join(f"{_checkpoint(holders[path])}: {path} {why}" for path in damaged))
+        write_texts(texts, folder, fields)
         safetensors_folder.write_index(folder, tensors)
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, fields)
+
+
+def _checkpoint(folder: RunFolder) -> Path:
+    return folder.path / CHECKPOINTS / str(folder.manifest.step)
 
 
 def _leaf_path(path: str) -> str:
@@ -278,24 +290,3 @@ def _working_folder(target: Path, identity: Any, say: Say) -> Iterator[tuple[Pat
         (folder / LOCK).unlink()
         folder.rename(target)
         sync_folder(target.parent)
-
-
-def _copy_texts(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for name in TEXT_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def _write_texts(texts: Texts, folder: Path, fields: dict[str, Any]) -> None:
-    """The tokenizer's files as they came, or made of the run's own tokenizer; generation_config.json."""
-    if texts.folder is not None:
-        _copy_texts(texts.folder, folder)
-    else:
-        texts.tokenizer.save(folder / "tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        settings |= texts.special_tokens
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if not (path := folder / "generation_config.json").exists():
-        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if fields.get(name) is not None}
-        path.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

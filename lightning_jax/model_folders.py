@@ -17,6 +17,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.config_reader import INVALID, parse
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
+from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
 from lightning_jax.input_pipeline.tokenizers import FileTokenizer
 from lightning_jax.models import ModelConfig
@@ -149,6 +150,11 @@ class RunFolder:
         return dataclasses.replace(self.run.model, rope_theta=self._stage(step).rope_theta)
 
     @property
+    def is_reward_model(self) -> bool:
+        """Whether it has a head that scores in place of a vocabulary."""
+        return self.run is not None and self.run.stages[self.run.run_stages[0]].objective == "reward_model"
+
+    @property
     def context_length(self) -> int | None:
         return self.manifest.metadata.get("context_length") if self.run is None else self._stage(None).context_length
 
@@ -209,21 +215,15 @@ def read_texts(folder: HuggingFaceFolder | RunFolder, vocab_size: int) -> Texts:
 
 
 def _texts_of_run(run: RunConfig) -> Texts:
-    """The tokenizer that the run was trained with; a chat template where its file came with one."""
+    """The tokenizer that the run was trained with; where its file has neighbours, what these say besides."""
     tokenizer = prepare_tokenizer(run.data)
-    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    template = open_template(run.data)
-    if run.data.tokenizer.kind != "file":
-        given = {name: token for name, token in template_tokens(run.data).items() if token}
-        return Texts(tokenizer, None, template, given, eos)
-    folder = Path(run.data.tokenizer.path).expanduser().parent
-    texts = _read_text_files(folder, {})
-    return dataclasses.replace(
-        texts,
-        tokenizer=tokenizer,
-        chat_template=template or texts.chat_template,
-        eos_ids=tuple(dict.fromkeys((*texts.eos_ids, *eos))),
-    )
+    beside = Texts(tokenizer, None, None, {}, ())
+    if run.data.tokenizer.kind == "file":
+        beside = _read_text_files(Path(run.data.tokenizer.path).expanduser().parent, {})
+    template = open_template(run.data) or beside.chat_template
+    tokens = beside.special_tokens | {name: token for name, token in template_tokens(run.data).items() if token}
+    ends = dict.fromkeys((*beside.eos_ids, tokenizer.eos_id, end_of_turn(run.data, tokenizer)))
+    return Texts(tokenizer, beside.folder, template, tokens, tuple(end for end in ends if end is not None))
 
 
 def _read_text_files(folder: Path, fields: Mapping[str, Any]) -> Texts:
@@ -241,7 +241,7 @@ def _read_text_files(folder: Path, fields: Mapping[str, Any]) -> Texts:
     ends = [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
     if wrong := [token for token in ends if type(token) is not int]:
         raise ModelFolderError(f"{folder}: eos_token_id {wrong[0]!r} is no token id")
-    return Texts(tokenizer, folder, _chat_template(folder, settings), special, tuple(ends))
+    return Texts(tokenizer, folder, chat_template_in(folder), special, tuple(ends))
 
 
 def _first_token(path: Path) -> str:
@@ -251,13 +251,15 @@ def _first_token(path: Path) -> str:
     return processed.tokens[0] if processed.tokens[:1] != text.tokens[:1] else ""
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template among the text files of a folder."""
     if (path := folder / "chat_template.jinja").is_file():
         try:
             return path.read_text(encoding="utf-8")
         except ValueError:
             raise ModelFolderError(f"{path}: not UTF-8 text") from None
-    template = read_json(folder / "chat_template.json").get("chat_template", settings.get("chat_template"))
+    settings = read_json(folder / "tokenizer_config.json") | read_json(folder / "chat_template.json")
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lightning_jax import parallel
 from lightning_jax.config import RunConfig
+from lightning_jax.generation.exact import drawn_tokens
 from lightning_jax.input_pipeline import Batch as HostBatch
 from lightning_jax.models import HybridLM, RewardModel, lora
 from lightning_jax.objectives import NextToken, PolicyGradient, Preference, Reward
@@ -52,7 +53,10 @@ class Programs:
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
-        operators = parallel.operators(self.mesh, config.model, config.mesh.sequence_attention)
+        self._moments_on_host = config.mesh.moments == "host"
+        operators = parallel.operators(
+            self.mesh, config.model, config.mesh.sequence_attention, config.mesh.gradient_dtype
+        )
         self.kind = RewardModel if stages[0].config.objective == "reward_model" else HybridLM
 
         def make_model(rngs: nnx.Rngs) -> HybridLM | RewardModel:
@@ -75,11 +79,16 @@ class Programs:
         self._create = create
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
-        self.abstract_state = parallel.abstract(shapes, self.mesh)
+        if self._moments_on_host:
+            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
+            self._shardings = self._shardings._replace(opt_state=on_host)
+        self.abstract_state = jax.tree.map(
+            lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings
+        )
 
     def first_state(self) -> TrainState:
         """The state before the first step, each device holding its part."""
-        return parallel.create_sharded(self._create, self.mesh)
+        return jax.jit(self._create, out_shardings=self._shardings)()
 
     def weights(self, params: nnx.State) -> nnx.State:
         """All of the model's: what is trained, and what is frozen."""
@@ -129,10 +138,17 @@ class Programs:
 
         return jax.jit(log_probs, out_shardings=self._rows)
 
-    def by_rows(
-        self, stage: Stage, step: Callable[[nnx.State, Batch], jax.Array], params: nnx.State, rows: HostBatch
-    ) -> np.ndarray:
-        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and result."""
+    def draw_step(self, stage: Stage) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+        """(weights, batch) -> at every place the token [B, T] that the training forward draws, its log-probability."""
+        given = {"temperature": stage.config.reinforcement.rollouts.temperature, "rope_theta": stage.config.rope_theta}
+
+        def draws(weights: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return drawn_tokens(nnx.merge(self.graphdef, weights), self._config.model, batch, **given)
+
+        return jax.jit(draws, out_shardings=self._rows)
+
+    def by_rows(self, stage: Stage, step: Callable[[nnx.State, Batch], Any], params: nnx.State, rows: HostBatch) -> Any:
+        """`step(weights, batch)` of any number of rows [N, T], some at a time; every process has rows and results."""
         count, num_rows = self.evaluation_rows(stage), len(rows["inputs"])
         share = count // self.host.count
         results = []
@@ -141,8 +157,8 @@ class Programs:
             taken = np.resize(np.arange(first, min(first + count, num_rows)), count)
             own = taken[self.host.index * share : (self.host.index + 1) * share]
             batch = self.on_devices({name: array[own] for name, array in rows.items()})
-            results.append(np.asarray(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True)))
-        return np.concatenate(results)[:num_rows]
+            results.append(multihost_utils.process_allgather(step(self.weights(params), batch), tiled=True))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
         """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
@@ -169,7 +185,9 @@ class Programs:
         return NextToken(model, settings.rope_theta, settings.reduction)
 
     def optimizer(self, stage: Stage) -> Any:
-        return build_optimizer(stage.config.optimizer, self._learning_rate(stage))
+        return build_optimizer(
+            stage.config.optimizer, self._learning_rate(stage), moments_on_host=self._moments_on_host
+        )
 
     def on_devices(self, batch: HostBatch) -> Batch:
         """The global batch of which this is the host's part."""

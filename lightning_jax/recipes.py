@@ -86,6 +86,7 @@ def stage(
     tokens: Tokens = 0,
     passes: float = 0.0,
     warmup_share: float = 0.0,
+    decay_share: float = 1.0,
     context_length: int,
     rope_theta: float,
     mixture: Mapping[str, float] | tuple[Mapping[str, float], Mapping[str, float]],
@@ -100,11 +101,12 @@ def stage(
 ) -> ConfigDict:
     """A stage; a pair of mixtures moves linearly from the first to the second.
 
-    Its length is so many tokens, or so many passes over its corpora, of whose steps `warmup_share` are warm-up. The
-    objective is the next token, unless there are the numbers of another.
+    Its length is so many tokens, or so many passes over its corpora, of whose steps `warmup_share` are warm-up and the
+    last `decay_share` the fall of `wsd`. The objective is the next token, unless there are the numbers of another.
     """
     start, end = mixture if isinstance(mixture, tuple) else (mixture, mixture)
     corpora = [name for name in {**start, **end} if start.get(name) or end.get(name)]
+    lengths = {"count": passes, "warmup_share": warmup_share, "decay_share": decay_share}
     others = {"preference": preference, "reward_model": reward_model, "policy_gradient": reinforcement}
     return ConfigDict(
         {
@@ -114,7 +116,7 @@ def stage(
             "reward_model": reward_model,
             "reinforcement": reinforcement,
             "tokens": int(tokens),
-            "passes": {"count": passes, "warmup_share": warmup_share} if passes else None,
+            "passes": lengths if passes else None,
             "context_length": context_length,
             "rope_theta": rope_theta,
             "mixture": {
@@ -309,9 +311,12 @@ def run(
                 "data": -1 if replicate else 1,
                 "fsdp": 1 if replicate else -1,
                 "expert": expert_parallel,
+                "expert_tensor": 1,
                 "sequence": 1,
                 "tensor": tensor_parallel,
                 "sequence_attention": "ring",
+                "gradient_dtype": "compute",
+                "moments": "device",
             },
             "stages": dict(stages),
             "run_stages": run_stages,

@@ -62,7 +62,8 @@ def _with_length(stage: StageConfig, rows: int) -> StageConfig:
     tokens = math.ceil(stage.passes.count * rows) * stage.context_length
     steps = BatchSizes(stage.batch_size, stage.context_length, tokens).num_steps
     warmup = math.ceil(stage.passes.warmup_share * steps)
-    decay = {"wsd": steps - warmup, "cosine": max(steps, warmup + 1), "constant": 0}[stage.schedule.kind]
+    end = min(math.ceil(stage.passes.decay_share * steps), steps - warmup)
+    decay = {"wsd": end, "cosine": max(steps, warmup + 1), "constant": 0}[stage.schedule.kind]
     schedule = dataclasses.replace(stage.schedule, warmup_steps=warmup, decay_steps=decay)
     return dataclasses.replace(stage, tokens=tokens, schedule=schedule)
 

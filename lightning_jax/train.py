@@ -32,7 +32,7 @@ from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.planning.hardware import slice_of
 from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
-from lightning_jax.references import Place, Reference, reference_of
+from lightning_jax.references import Reference, RunningStage, reference_of
 from lightning_jax.reinforcement.collecting import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.reinforcement.stage_data import check as check_reinforcement
@@ -223,7 +223,7 @@ class Trainer:
                 self._validate(stage, first_step + 1, validate, state)  # of the policy that the first step finds
             for step in range(first_step, stage.last_step):
                 in_stage = step - stage.first_step
-                rows, needs_params = stage.batch_sizes.rows(in_stage), data.needs_params(in_stage)
+                needs_params = data.needs_params(in_stage)
                 self._step = step + 1
                 self.hosts.at(step + 1, "reading its batch")
                 if needs_params and unreported:
@@ -231,6 +231,7 @@ class Trainer:
                     unreported = None
                 with self.timer.pause() if needs_params else contextlib.nullcontext():
                     batch = data.batch(in_stage, state.params)
+                rows = len(batch["inputs"])
                 compiling = rows not in train_steps
                 self.hosts.at(step + 1, "compiling" if compiling else "beginning the step")
                 if compiling:
@@ -267,18 +268,18 @@ class Trainer:
         """The batches of a stage from the state's step on, and what measures parameters on what is held out."""
         begins = int(state.step) == stage.first_step
         saved_key = None if begins else self._metadata["references"].get(stage.name)
-        place = Place(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
+        running = RunningStage(stage, self.programs, saved_key, self.folder, self._say, self._at_work)
         evaluation_batches = self.config.metrics.evaluation_batches
         if stage.config.reinforcement:
             position = None if begins else self._metadata["rollouts"][stage.name]
             prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
             record = functools.partial(self._record_rollouts, stage)
-            data = RolloutData(self.config, prompts, self.data.tokenizer, state.params, position, place, record)
+            data = RolloutData(self.config, prompts, self.data.tokenizer, state.params, position, running, record)
             self._metadata["references"] |= {stage.name: data.reference_key}
             most = evaluation_batches * stage.config.reinforcement.rollouts.slots
             return data, lambda params: {"validation_reward": data.collector.validation_rewards(params, most)}
         corpora = {name: self.data.corpora[name] for name in stage.config.mixture.start}
-        reference = reference_of(state, corpora, place) if stage.config.preference else Reference(corpora)
+        reference = reference_of(state, corpora, running) if stage.config.preference else Reference(corpora)
         self._metadata["references"] |= {stage.name: reference.key}
         batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
         data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)

@@ -78,7 +78,8 @@ def make_train_step(
 
     `frozen` is what of the model is not in `state.params`, and so is not trained.
 
-    `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported.
+    `optimizer` and `learning_rate` are functions of the stage's step; the latter is only reported. The optimizer is
+    given `finite` too, and leaves its state alone where that is false, as those of `build_optimizer` do.
 
     `batch` holds arrays [R, T]. Where the loss or a gradient is not finite the update is skipped before it touches
     parameters or moments; the step still counts, so that the data go on.
@@ -93,9 +94,10 @@ def make_train_step(
         gradient_norm = optax.tree.norm(gradients)
         finite = is_finite(value, gradient_norm)
         step_of_stage = state.step - first_step
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=step_of_stage)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = where_finite(finite, (params, opt_state), (state.params, state.opt_state))
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, step=step_of_stage, finite=finite
+        )
+        params = where_finite(finite, optax.apply_updates(state.params, updates), state.params)
         skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
         metrics = metrics | {
             "gradient_norm": gradient_norm,

@@ -76,6 +76,8 @@ def load_model(
         UserError: there is no model, it is damaged, or it does not divide over the mesh; a line for every reason.
     """
     folder = open_model_folder(Path(path))
+    if isinstance(folder, RunFolder) and folder.is_reward_model:
+        raise ModelFolderError(f"{path}: a reward model; it scores chats (load_reward_model) and writes none")
     config = folder.config() if isinstance(folder, RunFolder) else folder.config
     config = dataclasses.replace(config, compute_dtype=compute_dtype or config.compute_dtype)
     texts = read_texts(folder, config.vocab_size)

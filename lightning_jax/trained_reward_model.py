@@ -77,8 +77,7 @@ def load_reward_model(path: str | os.PathLike, *, say: Callable[[str], None]) ->
         UserError: there is no reward model in the folder, or it is damaged.
     """
     folder = RunFolder.open(Path(path))
-    stage = folder.run and folder.run.stages[folder.run.run_stages[0]]
-    if stage is None or stage.objective != "reward_model":
+    if not folder.is_reward_model:
         raise ModelFolderError(f"{path}: no run that trained a reward model")
     config = folder.config()
     mesh = parallel.make_mesh(parallel.MeshConfig.of(), jax.local_devices()[:1])

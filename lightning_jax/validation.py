@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from lightning_jax.config import RunConfig
 from lightning_jax.generation import sample_prompts
 from lightning_jax.input_pipeline import validation_batches
+from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.programs import Programs
 from lightning_jax.references import Reference
 from lightning_jax.run_setup import Data
@@ -87,7 +89,7 @@ def samples(
         seed=config.seed,
         mesh=programs.mesh,
     )
+    ends = {data.tokenizer.eos_id, end_of_turn(config.data, data.tokenizer)} if held_out else set()
     for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
         said = data.tokenizer.decode(prompt) if held_out else settings.sample_prompts[number]
-        end = ids.index(data.tokenizer.eos_id) if held_out and data.tokenizer.eos_id in ids else len(ids)
-        yield said, data.tokenizer.decode(ids[:end])
+        yield said, data.tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, ids)))

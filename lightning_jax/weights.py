@@ -106,16 +106,19 @@ class HostAdapters:
     matrices: dict[str, tuple[np.ndarray, np.ndarray]]
 
     @classmethod
-    def read(cls, run: Path, config: ModelConfig, adapters: LoraConfig, *, say: Callable[[str], None]) -> Self:
+    def read(
+        cls, run: Path, config: ModelConfig, adapters: LoraConfig, *, kind: Kind, say: Callable[[str], None]
+    ) -> Self:
         """Those of a run's newest checkpoint that verifies. Raises UserError as `restore_weights` does."""
         mesh = parallel.make_mesh(parallel.MeshConfig.of(), jax.local_devices()[:1])
-        trained, _ = lora.split(abstract_model(config, mesh, adapters=adapters)[1])
+        trained, _ = lora.split(abstract_model(config, mesh, kind=kind, adapters=adapters)[1])
         arrays = dict(nnx.to_flat_state(restore_params(run, trained, say=say)[0]))
         return cls(
             adapters.scale,
             {
                 "/".join(map(str, path[:-1])): tuple(np.asarray(arrays[(*path[:-1], name)][...]) for name in MATRICES)
-                for path in arrays
+                for path, leaf in arrays.items()
+                if isinstance(leaf, lora.Adapter)
             },
         )
 

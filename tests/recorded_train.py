@@ -1,6 +1,7 @@
 """The training command, which keeps what rows of the batches this host was given, and may hang.
 
-The environment names the file, RECORD_ROWS, and the step at which the host hangs, HANG_AT.
+The environment names the file, RECORD_ROWS; the seconds by which a step is later, WAIT; the step at which the host
+hangs, HANG_AT.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ class RecordedPrograms(programs.Programs):
                 file.write(json.dumps({"step": number, "part": self.host.index, "rows": self.rows}) + "\n")
             if str(number) == os.environ.get("HANG_AT"):
                 time.sleep(1000)
+            time.sleep(float(os.environ.get("WAIT", 0)))
             return step(state, batch)
 
         return recorded

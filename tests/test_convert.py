@@ -177,11 +177,11 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path, direction, monkeypatch, 
 
 
 @pytest.mark.usefixtures("_heeds_ctrl_c")
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, monkeypatch, capsys):
+@pytest.mark.parametrize(("direction", "then"), [("import", "copy_texts"), ("export", "write_texts")])
+def test_ctrl_c_after_the_last_tensor_loses_nothing(tmp_path, direction, then, monkeypatch, capsys):
     tensors, source, target = prepared(tmp_path, RELEASED, direction)
     with monkeypatch.context() as patch:
-        patch.setattr(import_export, "_copy_texts", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(import_export, then, lambda *_: signal.raise_signal(signal.SIGINT))
         assert run(source, target) == 130
     recorded = assert_goes_on(tmp_path, direction, tensors, source, target, monkeypatch, capsys)
     assert recorded == len(tensors)
@@ -231,7 +231,7 @@ def test_what_is_left_of_another_conversion_is_not_mixed_in(tmp_path, monkeypatc
     for seed in (0, 1):
         released_models.write(tmp_path / f"theirs{seed}", LLAMA, released_models.weights(LLAMA, seed=seed))
     with monkeypatch.context() as patch:
-        patch.setattr(import_export, "_copy_texts", lambda *_: kill(patch))
+        patch.setattr(import_export, "copy_texts", lambda *_: kill(patch))
         with pytest.raises(Killed):
             run(tmp_path / "theirs0", tmp_path / "run")
     assert run(tmp_path / "theirs1", tmp_path / "run") == 0

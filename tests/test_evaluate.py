@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import tiny_run
+from two_hosts import on_two_hosts
 
 sys.path.append(str(pathlib.Path(__file__).parent / "evaluation"))
 from tiny_evaluation import TOKENIZER, scorer, trained_model
 
 from lightning_jax import evaluate
 from lightning_jax.evaluation import perplexity
-from lightning_jax.launch import reserved_port
 
 HAYSTACK = [f"line {number}\n" * 4 for number in range(200)]
 
@@ -159,36 +159,6 @@ def test_a_model_must_have_a_tokenizer_and_a_context_length(tiny_model, corpora,
     tiny_model.tokenizer = TOKENIZER
 
 
-TWO_PROCESSES = """
-import sys
-import jax
-from lightning_jax import evaluate
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-code = evaluate.main(sys.argv[3:])
-jax.distributed.shutdown()
-sys.exit(code)
-"""
-
-
-def in_two_processes(arguments, environment):
-    """What the command says on standard output and standard error, in each of two processes with two devices."""
-    environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    with reserved_port() as port:
-        both = [
-            subprocess.Popen(
-                [sys.executable, "-c", TWO_PROCESSES, f"localhost:{port}", str(index), *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    return said
-
-
 @pytest.mark.slow
 def test_a_run_of_ours_is_evaluated(tmp_path):
     tiny_run.write_corpus(tmp_path)
@@ -208,9 +178,10 @@ def test_a_run_of_ours_is_evaluated(tmp_path):
     # The same texts, in other windows.
     assert corpus["nats_per_token"] == pytest.approx(last["validation_loss"]["text"], rel=0.2)
 
-    arguments = [*command[3:-1], f"--out={tmp_path / 'together'}", "--mesh=data=2,fsdp=2"]
-    for output, error in in_two_processes(arguments, environment):
-        assert "rejected" not in error
-        assert ("Perplexity by corpus" in output) == ("written: " in error)  # the first one speaks
+    together = [*command[:-1], f"--out={tmp_path / 'together'}", "--mesh=data=2,fsdp=2"]
+    first, second = on_two_hosts(together)
+    assert "Perplexity by corpus" in first.output
+    assert "written: " in first.error
+    assert (second.output, second.error) == ("", "")
     together = json.loads((tmp_path / "together" / "results.json").read_text())["perplexity"]["text"]
     assert together["nats_per_token"] == pytest.approx(corpus["nats_per_token"], rel=1e-5)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_run
+from two_hosts import on_two_hosts
 
 sys.path.append(str(pathlib.Path(__file__).parent / "generation"))
 from tiny_generation import CONFIG, TOKENIZER, generator, params
@@ -192,3 +193,14 @@ def test_a_run_of_ours_generates(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 1
+
+    first, second = on_two_hosts([*command, "--mesh=fsdp=4"])
+    assert first.output == done.stdout
+    assert "1 of 1 completions" in first.error
+    assert (second.output, second.error) == ("", "")
+    for said in on_two_hosts(command, code=2):
+        assert said.error.splitlines()[-1].endswith(
+            "--mesh: it must say how 2 hosts share the model, as --mesh=fsdp=-1 does"
+        )
+    for said in on_two_hosts([*command, "--mesh=fsdp=4"], second=["--temperature=1"], code=2):
+        assert "differs: --temperature is 1.0, and 0.0 elsewhere" in said.error

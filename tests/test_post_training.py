@@ -49,7 +49,7 @@ def arguments(folder, workdir, **more):
         "metrics.log_every_steps": 1,
         "metrics.evaluate_every_steps": 10,
         "metrics.tensorboard": False,
-        "metrics.sample_tokens": 4,
+        "metrics.sample_tokens": 0,
         "checkpoints.every_steps": 4,
         "checkpoints.keep_newest": 100,
     }
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("post_training")
     for name, records in (("chats", word_problems.conversations(300)), ("pairs", preferences(300))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert train.main(arguments(folder, "whole")) == 0
+    assert train.main(arguments(folder, "whole", metrics__sample_tokens=4)) == 0
     return folder
 
 

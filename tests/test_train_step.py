@@ -7,7 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
+from lightning_jax.optimizers import OptimizerConfig, build_optimizer
 from lightning_jax.train_step import TrainState, accumulated_sums, make_train_step, mapped_rows
+
+ADAM = optax.with_extra_args_support(optax.adam(0.1))
 
 
 class _Scale(nnx.Module):
@@ -27,10 +30,9 @@ class _ProductOfMeans:
         return loss, {"loss": loss}
 
 
-def _state_and_batch(dtype=jnp.float32):
+def _state_and_batch(dtype=jnp.float32, optimizer=ADAM):
     graphdef, params = nnx.split(_Scale(), nnx.Param)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    optimizer = optax.with_extra_args_support(optax.adam(0.1))
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
     batch = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(12, 2)), dtype)}
     return graphdef, optimizer, state, batch
@@ -73,7 +75,8 @@ def test_micro_batches_cover_every_row_once():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_neither_parameters_nor_moments(poison):
-    graphdef, optimizer, state, batch = _state_and_batch()
+    config = OptimizerConfig(0.9, 0.95, 1e-8, 0.1, "all", 1.0, "float32")
+    graphdef, optimizer, state, batch = _state_and_batch(optimizer=build_optimizer(config, lambda step: 0.1))
     step = _step(graphdef, _ProductOfMeans(), optimizer, 1)
     state, _ = step(state, batch)
     bad = {"x": batch["x"].at[3, 0].set(poison)}

@@ -6,6 +6,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CONFIG = str(REPOSITORY / "configs" / "minimax_m1.py") + ":laptop"
@@ -68,14 +69,16 @@ def arguments(folder: pathlib.Path, workdir: str, **more: object) -> list[str]:
     return [f"--config={CONFIG}", f"--workdir={folder / workdir}", *flags]
 
 
-def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
+def start(
+    arguments: list[str], num_devices: int = 1, program: Sequence[str] = ("-m", "lightning_jax.train")
+) -> subprocess.Popen:
     """The training command as a process of its own."""
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "lightning_jax.train", *arguments],
+        [sys.executable, *program, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -23,12 +23,20 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> Callable[[], dict[str, str]
     The arrays may be donated as soon as this returns. Every process must call it with its part of the same arrays.
     """
     # One call per array: those of one shape and sharding, as parameters and their moments, share a compiled function.
-    pending = {path: _fingerprint(array) for path, array in arrays.items()}
+    pending = {path: _started(array) for path, array in arrays.items()}
 
     def finish() -> dict[str, str]:
         return {path: written(sums) for path, sums in jax.device_get(pending).items()}
 
     return finish
+
+
+def _started(array: jax.Array) -> jax.Array:
+    if array.sharding.memory_kind != "pinned_host":
+        return _fingerprint(array)
+    # Arrays in the host's memory come to the devices one by one, which may not hold them together.
+    there = jax.device_put(array, array.sharding.with_memory_kind("device"))
+    return jax.block_until_ready(_fingerprint(there))
 
 
 def block_sums(block: np.ndarray, start: tuple[int, ...]) -> np.ndarray:

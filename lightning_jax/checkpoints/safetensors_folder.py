@@ -44,7 +44,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, first_row: int, shape: tuple[int, ...], columns: slice = slice(None)) -> np.ndarray:
-        """Some rows, of the tensor as a matrix [all but the last axis, last axis], or elements of a vector.
+        """Some rows, of the tensor as a matrix [all but the last axis, last axis], or elements of a single row.
 
         Of the rows, perhaps only some columns, which alone are then read.
         """
@@ -60,7 +60,7 @@ class Tensor:
             file.write(memoryview(np.ascontiguousarray(block, self.dtype).view(np.uint8).reshape(-1)))
 
     def _place(self, first_row: int) -> int:
-        row = self.shape[-1] if len(self.shape) > 1 else 1
+        row = self.shape[-1] if math.prod(self.shape[:-1]) > 1 else 1
         return self.offset + first_row * row * self.dtype.itemsize
 
 

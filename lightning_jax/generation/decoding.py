@@ -187,9 +187,7 @@ def decode(
 def append(rows: Rows, logits_BV: jax.Array, needs: Needs) -> tuple[Rows, jax.Array, jax.Array]:
     """The rows with one more token, the tokens and their log-probabilities; rows that do not run stay as they are."""
     settings, was_running_B = rows.settings, rows.reason_B == RUNNING
-    # By its number in the sequence: neither the slot nor the step of the loop decides a sample.
-    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key_B2, impl=KEY_KIND), rows.generated_B)
-    token_B, log_prob_B = choose(logits_BV, keys_B, settings, rows.seen_BV, needs)
+    token_B, log_prob_B = choose(logits_BV, token_keys(rows.key_B2, rows.generated_B), settings, rows.seen_BV, needs)
 
     is_certain_B = jnp.exp(log_prob_B) > settings.repetition_probability_B
     certain_B = jnp.where(is_certain_B, rows.certain_B + 1, 0)
@@ -213,6 +211,11 @@ def append(rows: Rows, logits_BV: jax.Array, needs: Needs) -> tuple[Rows, jax.Ar
     if rows.seen_BV is not None:
         after = after._replace(seen_BV=rows.seen_BV.at[jnp.arange(token_B.size), token_B].set(True))
     return after, token_B, log_prob_B
+
+
+def token_keys(key_B2: jax.Array, number_B: jax.Array) -> jax.Array:
+    """The keys of tokens by their sequences' keys and their numbers in them: no slot and no loop decides a sample."""
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl=KEY_KIND), number_B)
 
 
 def _by_row(model: HybridLM, tree: Any) -> Any:

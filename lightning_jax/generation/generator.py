@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +48,15 @@ class GenerationSettings:
         if self.prefill_tokens % max(PIECES):
             found.append(f"prefill_tokens: {self.prefill_tokens} is no multiple of {max(PIECES)}")
         return found
+
+
+class Beginning(NamedTuple):
+    """A completion that has begun."""
+
+    prompt: int  # their numbers, by which the dice fall
+    sample: int
+    ids: Sequence[int]  # of the prompt, and behind them those of the completion
+    begun: int  # how many the latter are
 
 
 class Generator:
@@ -119,6 +129,22 @@ class Generator:
         of_prompt = (lambda _: sampling) if isinstance(sampling, Sampling) else samplings.__getitem__
         queue = (self._prompt(number, ids, of_prompt(number)) for number, ids in enumerate(prompts))
         return Slots(self, queue, samplings, on_text).completions()
+
+    def go_on(self, beginnings: Iterable[Beginning], sampling: Sampling, most: int) -> Iterator[Completion]:
+        """What `generate` would add to completions that have begun, of each at most so many tokens.
+
+        Returns:
+            completions with `ids` and `log_probs` of the new tokens alone; where there are `most`, it is not their end.
+        """
+        check([sampling], self.config.vocab_size)
+
+        def prompt(each: Beginning) -> Prompt:
+            last = min(sampling.max_new_tokens, each.begun + most)
+            limited = dataclasses.replace(sampling, max_new_tokens=last)
+            ids = np.array(each.ids, np.int32)
+            return Prompt(each.prompt, ids, limited, collections.deque([each.sample]), each.begun)
+
+        return Slots(self, map(prompt, beginnings), [sampling], None).completions()
 
     def problem(self, number: int, ids: Sequence[int], sampling: Sampling) -> str | None:
         """What is wrong with a prompt, in one line, or None."""

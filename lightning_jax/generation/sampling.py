@@ -172,12 +172,15 @@ def choose(
     if needs.truncation:
         scores_BV = jnp.where(scores_BV >= lowest_kept(scores_BV, settings), scores_BV, -jnp.inf)
     if needs.noise:
-        # The likeliest of scores with Gumbel noise is a draw from their softmax.
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, scores_BV.shape[1:], scores_BV.dtype))
-        scores_BV += jnp.where(greedy_B1, 0, gumbel(keys_B))
+        scores_BV += jnp.where(greedy_B1, 0, gumbel_noise(keys_B, scores_BV))
     token_B = likeliest(scores_BV)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
+
+
+def gumbel_noise(keys_B: jax.Array, scores_BV: jax.Array) -> jax.Array:
+    """Noise [B, V]: the likeliest of scores with it is a draw from their softmax."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, scores_BV.shape[1:], scores_BV.dtype))(keys_B)
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B1: jax.Array) -> jax.Array:

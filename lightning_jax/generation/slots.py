@@ -43,6 +43,7 @@ class Prompt:
     ids: np.ndarray
     sampling: Sampling
     waiting: collections.deque[int]
+    begun: int = 0  # how many of the ids are the sample's already
 
 
 class Slots:
@@ -155,7 +156,7 @@ class Slots:
             "token_B": column(lambda prompt: prompt.ids[-1], 0),
             "position_B": column(lambda prompt: len(prompt.ids) - 1, 0),
             "reason_B": column(lambda prompt: decoding.RUNNING, decoding.STOPPED),
-            "generated_B": column(lambda prompt: 0, 0),
+            "generated_B": column(lambda prompt: prompt.begun, 0),
             "certain_B": column(lambda prompt: 0, 0),
             "key_B2": np.array(keys, np.uint32),
             "seen_BV": seen_BV,

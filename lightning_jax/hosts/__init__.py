@@ -10,7 +10,7 @@ have a line of their own: a connection of each to host 0, from before `jax.distr
 from lightning_jax.hosts.agreement import run_facts
 from lightning_jax.hosts.ending import MISTAKE, RESTART, STOPPED, HostsError
 from lightning_jax.hosts.hosts import Hosts
-from lightning_jax.hosts.joining import add_arguments, join
+from lightning_jax.hosts.joining import add_arguments, join, options_in_common
 from lightning_jax.hosts.shared_folder import check_shared
 from lightning_jax.hosts.watchdog import watch
 
@@ -23,6 +23,7 @@ __all__ = [
     "add_arguments",
     "check_shared",
     "join",
+    "options_in_common",
     "run_facts",
     "watch",
 ]

@@ -20,15 +20,15 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MA
 _MOST_LINES = 8
 
 
-def run_facts(config: Any, options: Mapping[str, Any]) -> dict[str, str]:
+def run_facts(config: Any | None, options: Mapping[str, Any]) -> dict[str, str]:
     """The config, the code, the versions and the devices of this host, by name.
 
     Args:
-      config: a dataclass.
+      config: a dataclass; None for a command without one.
       options: of the command line.
     """
     facts = {f"--{name}": str(value) for name, value in options.items()}
-    facts |= _flat("config", dataclasses.asdict(config))
+    facts |= _flat("config", dataclasses.asdict(config)) if config else {}
     facts |= {f"version of {name}": version for name, version in versions().items()}
     facts |= {name: os.environ.get(name, "") for name in _VARIABLES}
     facts |= {"devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}

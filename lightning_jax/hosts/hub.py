@@ -2,7 +2,8 @@
 
 A message is a line of JSON. From a host: {"host", "of", "name"} as it comes, then {"topic", "facts", "timeout"},
 {"progress"}, {"hangs"}, {"leaves", "code"}, and {"done"} before it ends in order. To all: {"here"}, {"topic",
-"problems"}, {"beat"}, and once {"end", "code", "stacks"}, on which each of them ends.
+"problems"}, {"beat"}, and once either {"end", "code", "stacks"}, on which each of them ends, or {"over"} when all are
+done, behind which nobody misses anybody.
 
 Who can reach the port can end the run, as with JAX's own; a run belongs into a network of its own.
 """
@@ -38,7 +39,6 @@ class _Host:
     writer: asyncio.StreamWriter
     heard: float
     progress: Progress | None = None
-    done: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # by topic
 
 
@@ -56,6 +56,7 @@ class Hub:
         self._count = count
         self._hosts: dict[int, _Host] = {}
         self._names: dict[int, str] = {}  # also of those that are gone
+        self._done: set[int] = set()  # those as well
         self._timers: dict[str, asyncio.TimerHandle] = {}  # by topic that not all hosts have told yet
         self._ended = False
         dual = socket.has_dualstack_ipv6()
@@ -95,7 +96,7 @@ class Hub:
             await asyncio.sleep(BEAT_S)
             self._tell({"beat": True})
             for index, host in self._hosts.items():
-                if not host.done and time.monotonic() - host.heard > SILENCE_S:
+                if index not in self._done and time.monotonic() - host.heard > SILENCE_S:
                     self._end(
                         f"{self._called(index)} was not heard of for {SILENCE_S:.0f} s: frozen, or cut off", RESTART
                     )
@@ -127,7 +128,7 @@ class Hub:
                 host.heard = time.monotonic()
                 self._hear(index, host, json.loads(line))
         del self._hosts[index]
-        if not host.done and self._all_here.is_set():  # before, it may come again
+        if index not in self._done and self._all_here.is_set():  # before, it may come again
             self._end(f"{self._called(index)} is gone: it was killed, or its machine failed", RESTART)
 
     def _hear(self, index: int, host: _Host, message: Mapping[str, Any]) -> None:
@@ -140,10 +141,12 @@ class Hub:
             progress = {self._called(index): host.progress for index, host in sorted(self._hosts.items())}
             self._end(who_hangs(progress, message["hangs"]), RESTART, stacks=True)
         if "leaves" in message:
-            host.done = True
+            self._done.add(index)
             self._end(f"{self._called(index)} stopped: {message['leaves']}", message["code"])
         if "done" in message:
-            host.done = True
+            self._done.add(index)
+            if len(self._done) == self._count:
+                self._tell({"over": True})
 
     def _compare(self, topic: str, timeout: float | None) -> None:
         """Tells the hosts where they differ, as soon as all have told; the first to tell sets the clock."""

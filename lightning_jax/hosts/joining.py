@@ -2,6 +2,7 @@
 
 import argparse
 import socket
+from typing import Any
 
 import jax
 
@@ -12,6 +13,8 @@ from lightning_jax.hosts.hub import Hub
 from lightning_jax.hosts.line import Line
 from lightning_jax.hosts.place import find_place
 
+JOINING = ("coordinator_address", "num_processes", "process_id", "join_timeout")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `join`."""
@@ -21,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_processes", metavar="N", type=int, help="hosts of the run; or JAX_NUM_PROCESSES")
     add("--process_id", metavar="I", type=int, help="which of them this is, from 0; or JAX_PROCESS_ID")
     add("--join_timeout", metavar="SECONDS", type=int, default=300, help="for all hosts to come; 300")
+
+
+def options_in_common(options: argparse.Namespace) -> dict[str, Any]:
+    """The options in which hosts may not differ, by name: all but those of `join`."""
+    return {name: value for name, value in vars(options).items() if name not in JOINING}
 
 
 def join(options: argparse.Namespace) -> Hosts:

@@ -52,6 +52,7 @@ class Line:
         self._verdicts: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
         self._lock = threading.Lock()
         self._leaving = False
+        self._over = threading.Event()
 
     def listen(self, progress: Callable[[], Progress]) -> None:
         """From now on this process ends when host 0 says so, or is gone; and host 0 hears of this host's progress."""
@@ -65,6 +66,11 @@ class Line:
         # Where host 0 is gone, the listening thread ends the process.
         with self._lock, contextlib.suppress(OSError):
             self._send(message)
+
+    def done(self) -> None:
+        """Returns when all hosts are done; none of them is missed from now on."""
+        self.tell({"done": True})
+        self._over.wait()
 
     def compare(self, topic: str, facts: Mapping[str, str], timeout: float | None) -> list[str]:
         """The differences that host 0 finds when all hosts have told their facts, a line for each."""
@@ -90,6 +96,9 @@ class Line:
                     end_process(message["end"], message["code"], stacks=message["stacks"])
                 if "topic" in message:
                     self._verdicts.put(message)
+                if "over" in message:
+                    self._leaving = True
+                    self._over.set()
         except TimeoutError:
             reason = f"was not heard of for {SILENCE_S:.0f} s: frozen, or cut off"
         except (OSError, ValueError):

@@ -24,6 +24,8 @@ from lightning_jax.input_pipeline.chat_template import (
     mark_texts,
     pieces,
 )
+from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
+from lightning_jax.input_pipeline.config import DataConfig
 from lightning_jax.input_pipeline.readers import Problem
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 
@@ -123,6 +125,20 @@ class ChatEncoder:
         if not trained_N[1:].any():
             return Problem("nothing to train on", "the assistant says nothing, as the chat template writes it")
         return EncodedChat(ids_N, trained_N)
+
+
+def end_of_turn(config: DataConfig, tokenizer: Tokenizer) -> int | None:
+    """The token with which the assistant ends its turn; None without a template, or where it writes no special one.
+
+    Raises:
+      ChatTemplateError: the template cannot be read, or came to no end.
+    """
+    if (template := open_template(config)) is None:
+        return None
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    (encoded,) = ChatEncoder(tokenizer, template, template_tokens(config), "all").encode([chat])
+    last = None if isinstance(encoded, Problem) else int(encoded.ids[np.flatnonzero(encoded.trained)[-1]])
+    return last if last in tokenizer.special_tokens.values() else None
 
 
 def _turns(chat: Sequence[Message]) -> list[int]:

@@ -135,5 +135,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 def _answered(messages: list[Message], name: str) -> list[Message]:
     if not any(map(_is_answer, messages)):
-        raise _RecordError(Problem("nothing to train on", f"'{name}' has no message of the assistant"))
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+        why = f"'{name}' has no message of the assistant; its roles: {roles}"
+        raise _RecordError(Problem("nothing to train on", why))
     return messages

@@ -125,7 +125,8 @@ class MixtureConfig:
     start: dict[str, float]
     end: dict[str, float]  # equal to start where the mixture does not move
     # split: text concatenated, then cut. best_fit: documents whole where they fit; of chats what is longer than a row,
-    # or in a pair than half a row, is cut off. one_per_row: a chat or a pair in each row, the rest is padding.
+    # or in a pair than half a row, is cut off. one_per_row: a chat or a pair in each row, the rest is padding. In
+    # reinforcement learning it is of completions with their prompts, of those of each update.
     packing: Literal["split", "best_fit", "one_per_row"]
 
     def problems(self) -> list[str]:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lightning_jax.input_pipeline.chat_masks import ChatEncoder
+from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.input_pipeline.chat_records import chat_prompt
 from lightning_jax.input_pipeline.chat_template import Message, encode_chats
 from lightning_jax.input_pipeline.chat_templates import open_template, template_tokens
@@ -101,20 +99,12 @@ def read_prompts(name: str, config: DataConfig, tokenizer: Tokenizer, *, most_to
         (validation if held_out else train).append(Prompt(tuple(ids.tolist()), tuple(chat), record))
     if not train:
         raise SourceError(f"data.corpora.{name}: no prompt to train on: {report}")
-    return Prompts(name, _end_of_turn(name, config, tokenizer), tuple(train), tuple(validation), report)
-
-
-def _end_of_turn(name: str, config: DataConfig, tokenizer: Tokenizer) -> int:
-    """The last token that is trained of a conversation."""
-    encoder = ChatEncoder(tokenizer, open_template(config) or "", template_tokens(config), "all")
-    (chat,) = encoder.encode([[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]])
-    last = -1 if isinstance(chat, Problem) else int(chat.ids[np.flatnonzero(chat.trained)[-1]])
-    if last not in tokenizer.special_tokens.values():
+    if (end := end_of_turn(config, tokenizer)) is None:
         raise SourceError(
             f"data.corpora.{name}: data.chat_template ends the assistant's turn with no special token, so completions "
             "would never stop; let it write one behind the content"
         )
-    return last
+    return Prompts(name, end, tuple(train), tuple(validation), report)
 
 
 def _records(name: str, config: DataConfig) -> Iterator[tuple[str, Any]]:

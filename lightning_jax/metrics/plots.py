@@ -34,8 +34,17 @@ _REINFORCEMENT = (
         "Change within a generation",
         "Divergence from the policy that made the rollouts, nats per token.",
     ),
+    ("kl", "Divergence from the reference", "From the model as the stage began, nats per token."),
     ("probability_correlation", "Agreement of rollouts and trainer", "Correlation of the probabilities they give."),
+    ("equal_reward_groups", "Prompts that teach nothing", "Share of prompts whose completions all have one reward."),
 )
+# Of each generation's completions: rates of its parts by their names in the record.
+_RATES = {
+    "generated_tokens_per_second": "generation",
+    "rewarded_tokens_per_second": "reward",
+    "scored_tokens_per_second": "scoring by the trainer",
+    "tokens_per_second": "update",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
         lambda: _gradient_norm(records),
         lambda: _batch(records),
         lambda: _throughput(records, flops_convention),
+        lambda: _rates_of_generations(records),
         lambda: _expert_load(records),
         lambda: _balance(records),
     )
@@ -219,6 +229,24 @@ def _throughput(records: Sequence[Record], flops_convention: str) -> Plot | None
     caption += "" if known else " MFU: n/a, the peak of this device is not known."
     drawn = [draw, draw_utilisation] if known else [draw]
     return Plot("Throughput", caption, _figure("Throughput", records, drawn, height=1.2 + 1.4 * len(drawn)))
+
+
+def _rates_of_generations(records: Sequence[Record]) -> Plot | None:
+    timings = [{"step": record["step"], **record.get("timing", {})} for record in records]
+    if not any("generated_tokens_per_second" in timing for timing in timings):
+        return None
+
+    def draw(axes: "Axes") -> None:
+        for color, (name, part) in zip(COLORS, _RATES.items(), strict=False):
+            axes.plot(*_series(timings, name), color=color, linewidth=0.9, label=part)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_ylabel("tokens per second")
+        axes.legend()
+
+    title = "Speed of rollouts, rewards and updates"
+    caption = "Tokens of completions over the seconds of each part; of updates, tokens of their rows, padding included."
+    return Plot(title, caption, _figure(title, records, [draw]))
 
 
 def _expert_load(records: Sequence[Record]) -> Plot | None:

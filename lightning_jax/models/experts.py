@@ -13,7 +13,7 @@ group.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,14 @@ BLOCK_ROWS = 128  # "blocks": rows of one matmul
 
 
 class ExpertWeights(NamedTuple):
-    """Every expert's matrices, y = (silu(x gate) * (x up)) down, in the dtype of the computation."""
+    """Every expert's matrices, y = (silu(x gate) * (x up)) down."""
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
     down_EFD: jax.Array
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Self:
+        return type(self)(*(weight.astype(dtype) for weight in self))
 
 
 def experts(
@@ -45,9 +48,10 @@ def experts(
     """Sum over a token's k experts of the router's weight times the expert's output.
 
     Args:
-        x_BTD: tokens, in the dtype of `weights`.
+        x_BTD: tokens, in the dtype of the computation.
         expert_BTk: int32, the experts each token was routed to, without repeats.
         weight_BTk: their weights, float32 or wider; the sum is taken in this dtype.
+        weights: in any dtype.
         mask_BT: False for padding, whose output is 0 and which takes no place of an expert.
         dispatch: "auto" chooses between the dropless ones by platform.
         capacity_factor, capacity_group: "capacity" only, as `experts_by_capacity`.
@@ -55,7 +59,7 @@ def experts(
     Returns:
         y_BTD in the dtype of x, and the number of assignments dropped (float32, always 0 where dropless).
     """
-    weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
+    weight_BTk, weights = jnp.where(mask_BT[..., None], weight_BTk, 0), weights.astype(x_BTD.dtype)
     platform, num_experts = jax.default_backend(), weights.gate_EDF.shape[0]
     if dispatch == "auto" and platform == "cpu" and num_experts <= expert_BTk.size <= BLOCK_ROWS:
         # A decoding step: some token needs most experts, whose blocks would have as many rows.

@@ -8,6 +8,7 @@ Sources: the weight index of MiniMax-M1 (arXiv 2506.13585; model.safetensors.ind
 writes too; transformers' `MiniMaxForCausalLM` in memory, which fuses the experts; `LlamaForCausalLM`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -157,6 +158,14 @@ def feed_forward_names(config: ModelConfig, tensors: Sequence[str] | Mapping[str
     if not config.num_experts:
         return "dense"
     return "fused_experts" if "model.layers.0.mlp.gate.weight" in tensors else "experts"
+
+
+def reward_model_pieces(config: ModelConfig, names: FeedForwardNames) -> list[Piece]:
+    """All of a reward model's weights that scores depend on, as transformers' ...ForSequenceClassification has them."""
+    backbone = [piece for piece in pieces(config, names) if piece.path != "head"]
+    D = config.hidden_size
+    score = Piece("score.weight", (1, D), 0, (D,), "head", (), transposed=False)
+    return [*(dataclasses.replace(piece, path=f"backbone/{piece.path}") for piece in backbone), score]
 
 
 def pieces(config: ModelConfig, names: FeedForwardNames) -> list[Piece]:

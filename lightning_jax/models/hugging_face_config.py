@@ -21,11 +21,12 @@ MODEL_TYPES: dict[str, Architecture] = {
     "llama": "llama",
 }
 CLASSES = {
-    "minimax_text_01": "MiniMaxText01ForCausalLM",
-    "minimax_m1": "MiniMaxM1ForCausalLM",
-    "minimax": "MiniMaxForCausalLM",
-    "llama": "LlamaForCausalLM",
+    "minimax_text_01": "MiniMaxText01",
+    "minimax_m1": "MiniMaxM1",
+    "minimax": "MiniMax",
+    "llama": "Llama",
 }
+GENERATING, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -95,6 +96,9 @@ def read_config(fields: Mapping[str, Any], dtype: Literal["float32", "bfloat16"]
         HuggingFaceError: it is no model of ours; a line for every field that is why.
     """
     family = architecture(fields)
+    named = fields.get("architectures")
+    if isinstance(named, list) and named and str(named[0]).endswith(SCORING):
+        raise HuggingFaceError(f"config.json: architectures: {named[0]} is a classifier; only language models are read")
     reader = _Reader(fields)
     for name, values in INERT.items():
         if name in fields and fields[name] not in values:
@@ -229,6 +233,7 @@ def write_config(
     *,
     dtype: str,
     context_length: int | None,
+    scores: bool = False,
 ) -> dict[str, Any]:
     """The config.json of a model.
 
@@ -237,6 +242,7 @@ def write_config(
         original: the config.json that the model came with, whose other fields are kept; empty for a model of our own.
         dtype: of the weights.
         context_length: becomes max_position_embeddings where `original` has none.
+        scores: whether it is a reward model, with one label in place of a vocabulary.
 
     Raises:
         HuggingFaceError: no architecture that we know how to write computes this model; a line for every reason.
@@ -248,6 +254,9 @@ def write_config(
         family: Architecture = "llama"
     else:
         family = names or MODEL_TYPES.get(known, "transformers")
+    if scores and family == "released":
+        why = "the code released with MiniMax's models has no class for reward models; --names=transformers"
+        raise HuggingFaceError(f"--names: {why}")
     if found := _not_expressible(config, family):
         raise HuggingFaceError("\n".join(f"model.{problem}" for problem in found))
     model_type = known if MODEL_TYPES.get(known) == family else next(t for t, f in MODEL_TYPES.items() if f == family)
@@ -255,7 +264,7 @@ def write_config(
     kept.pop("torch_dtype", None)
     written = {
         **kept,
-        "architectures": [CLASSES[model_type]],
+        "architectures": [CLASSES[model_type] + (SCORING if scores else GENERATING)],
         "model_type": model_type,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -267,6 +276,8 @@ def write_config(
         "tie_word_embeddings": config.tie_embeddings,
         **_write_rope(config),
     }
+    if scores:
+        written |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}  # one label: transformers counts them
     if context_length and "max_position_embeddings" not in written:
         written["max_position_embeddings"] = context_length
     if family == "llama":
@@ -324,9 +335,14 @@ def _not_expressible(config: ModelConfig, family: Architecture) -> list[str]:
     return found
 
 
-def caveats(config: ModelConfig, family: Architecture) -> list[str]:
-    """Where the other side's own code is known not to compute the model that the file describes, one line each."""
-    found = []
+def caveats(config: ModelConfig, fields: Mapping[str, Any]) -> list[str]:
+    """Where the other side's own code is known not to compute the model that config.json describes, one line each."""
+    family, found = architecture(fields), []
+    if fields["architectures"][0].endswith(SCORING) and fields.get("pad_token_id") is None:
+        found.append(
+            "the tokenizer has no token for padding that is not an end too: transformers scores one chat at a time; "
+            "for more give config.json a pad_token_id with which no chat ends"
+        )
     if family == "released":
         found.append(
             "transformers and vLLM read this config.json only with the code that was released with the model: put its "

@@ -45,8 +45,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         # Broadcast in one step: from [1, 1, D], jax 0.10's CPU backend takes the gradient of the weight from a batch of
-        # one row a hundred times slower.
-        return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...].astype(x.dtype), x.shape)
+        # one row a hundred times slower. Cast afterwards: so the gradient is summed in the dtype of the weight.
+        return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -45,9 +45,9 @@ class MoE(nnx.Module):
         # Always float32, as in the released checkpoints: rounding must not decide which expert a token goes to.
         route = initializers.weight(config, "router", D, E)
         self.router = nnx.Param(route(rngs.params(), (D, E), jnp.float32), logical_axes=("embed", None))
-        self.gate = expert_weight("feed_forward_in", (D, F), ("expert_embed", "mlp"))
-        self.up = expert_weight("feed_forward_in", (D, F), ("expert_embed", "mlp"))
-        self.down = expert_weight("feed_forward_out", (F, D), ("mlp", "expert_embed"))
+        self.gate = expert_weight("feed_forward_in", (D, F), ("expert_embed", "expert_mlp"))
+        self.up = expert_weight("feed_forward_in", (D, F), ("expert_embed", "expert_mlp"))
+        self.down = expert_weight("feed_forward_out", (F, D), ("expert_mlp", "expert_embed"))
 
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
         """Routes each token to its k experts and sums their outputs by renormalised probability.
@@ -72,7 +72,7 @@ class MoE(nnx.Module):
         top_BTk = jnp.sum(probability_BTE[:, :, None], axis=-1, where=chosen_BTkE)
         weight_BTk = top_BTk / jnp.sum(top_BTk, axis=-1, keepdims=True)
 
-        weights = ExpertWeights(*(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down)))
+        weights = ExpertWeights(self.gate[...], self.up[...], self.down[...])
         y_BTD, dropped = self.operators.experts(x_BTD, expert_BTk, weight_BTk, weights, mask_BT=mask_BT)
         sums = RouterSums(
             load_E=jnp.sum(chosen_BTkE & mask_BT[..., None, None], axis=(0, 1, 2), dtype=jnp.float32),

@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from flax import nnx
@@ -40,8 +41,8 @@ def sum_over_rows(function: Callable[..., jax.Array], weights_DV: jax.Array, *ro
     return function(weights_DV, *rows)
 
 
-def map_rows(function: Callable[..., jax.Array], weights_DV: jax.Array, *rows: jax.Array) -> jax.Array:
-    """function(weights, *rows), each row of which depends on the same row of the batch alone."""
+def map_rows(function: Callable[..., Any], weights_DV: jax.Array, *rows: jax.Array) -> Any:
+    """function(weights, *rows), in each of whose arrays a row depends on the same row of the batch alone."""
     return function(weights_DV, *rows)
 
 
@@ -58,7 +59,7 @@ class Operators:
         project: (x_BTD, weight [D, A]) -> x @ weight in the dtype of x; once complete, of adapted weights too.
         sum_over_rows: (function, weights_DV, *rows) -> function(weights_DV, *rows), where function is a sum over rows:
             each device may sum its own.
-        map_rows: the same for a function that gives each row of the batch a row of its result.
+        map_rows: the same for a function that gives each row of the batch a row of each of its results.
         constrain: (activation, logical axes) -> the same activation, placed.
     """
 
@@ -69,7 +70,7 @@ class Operators:
     experts: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     project: Callable[[jax.Array, nnx.Param], jax.Array] = project
     sum_over_rows: Callable[..., jax.Array] = sum_over_rows
-    map_rows: Callable[..., jax.Array] = map_rows
+    map_rows: Callable[..., Any] = map_rows
     constrain: Callable[[jax.Array, LogicalAxes], jax.Array] = unconstrained
 
 

@@ -7,21 +7,21 @@ from lightning_jax.objectives.config import (
     RewardModelConfig,
 )
 from lightning_jax.objectives.next_token import NextToken, NextTokenSums
+from lightning_jax.objectives.pair_sums import PairSums
 from lightning_jax.objectives.policy_gradient import PolicyGradient, PolicyGradientSums
-from lightning_jax.objectives.preference import Preference, PreferenceSums
-from lightning_jax.objectives.reward import Reward, RewardSums
+from lightning_jax.objectives.preference import Preference
+from lightning_jax.objectives.reward import Reward
 
 __all__ = [
     "AdvantageConfig",
     "NextToken",
     "NextTokenSums",
+    "PairSums",
     "PolicyGradient",
     "PolicyGradientConfig",
     "PolicyGradientSums",
     "Preference",
     "PreferenceConfig",
-    "PreferenceSums",
     "Reward",
     "RewardModelConfig",
-    "RewardSums",
 ]

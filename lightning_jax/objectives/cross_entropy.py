@@ -10,6 +10,8 @@ Shapes: B batch, T sequence, C chunk, N chunks, M = B * C tokens of a chunk, D m
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,37 +56,54 @@ def log_probs_and_entropies(
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden @ weights / temperature)[target] and that softmax's entropy, which is without gradient.
 
-    A chunk's logits are computed again in the backward pass, when what weighs each token is known.
-
     Returns:
         (log-probabilities, entropies) [B, T] in nats, at least fp32; arguments as `cross_entropy_sum`.
     """
-    B, T, _ = hidden_BTD.shape
-    wide = jnp.promote_types(logits_dtype, jnp.float32)
-    weights_DV = weights_DV.astype(logits_dtype)
-    precision = jax.lax.Precision.HIGHEST if weights_DV.dtype == jnp.float32 else None
-    chunk = min(chunk, T)
 
-    @jax.checkpoint
-    def one_chunk(inputs):
-        hidden_MD, targets_M = inputs
-        logits_MV = jnp.einsum(
-            "md,dv->mv",
-            hidden_MD.astype(logits_dtype),
-            weights_DV,
-            precision=precision,
-            preferred_element_type=wide,
-        )
-        logits_MV = logits_MV / temperature
+    def both(logits_MV, targets_M):
         target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
         logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
         frozen_MV, frozen_M = jax.lax.stop_gradient((logits_MV, logsumexp_M))
         mean_M = jnp.sum(jnp.exp(frozen_MV - frozen_M[:, None]) * frozen_MV, axis=-1)
         return target_M - logsumexp_M, frozen_M - mean_M
 
-    each_NM = jax.lax.map(one_chunk, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
-    log_prob_BT, entropy_BT = (_together(x_NM, B, chunk, T) for x_NM in each_NM)
-    return log_prob_BT, entropy_BT
+    return map_logits(
+        both, hidden_BTD, weights_DV, targets_BT, chunk=chunk, dtype=logits_dtype, temperature=temperature
+    )
+
+
+def map_logits(
+    function: Callable[..., Any],
+    hidden_BTD: jax.Array,
+    weights_DV: jax.Array,
+    *per_token: jax.Array,
+    chunk: int,
+    dtype: str,
+    temperature: float | jax.Array = 1.0,
+) -> Any:
+    """function(logits_MV / temperature, *per_token [M, ...]) of every chunk, each of its results [M] joined to [B, T].
+
+    A chunk's logits are computed again in the backward pass, when what weighs each token is known.
+
+    Args:
+        per_token: what else the function takes, [B, T, ...] each.
+    """
+    B, T, _ = hidden_BTD.shape
+    wide = jnp.promote_types(dtype, jnp.float32)
+    weights_DV = weights_DV.astype(dtype)
+    precision = jax.lax.Precision.HIGHEST if weights_DV.dtype == jnp.float32 else None
+    chunk = min(chunk, T)
+
+    @jax.checkpoint
+    def one_chunk(inputs):
+        hidden_MD, *per_token = inputs
+        logits_MV = jnp.einsum(
+            "md,dv->mv", hidden_MD.astype(dtype), weights_DV, precision=precision, preferred_element_type=wide
+        )
+        return function(logits_MV / temperature, *per_token)
+
+    results = jax.lax.map(one_chunk, tuple(_chunks(each, chunk) for each in (hidden_BTD, *per_token)))
+    return jax.tree.map(lambda x_NM: _together(x_NM, B, chunk, T), results)
 
 
 def _chunks(x_BTX: jax.Array, chunk: int) -> jax.Array:

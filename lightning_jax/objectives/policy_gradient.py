@@ -70,20 +70,26 @@ def sequence_log_probs(
 
     The policy, the policy as the rollouts began, and the reference are all computed by this.
     """
-    hidden_BTD, router = model(
+    hidden_BTD, router = training_forward(model, batch, rope_theta)
+
+    def each(weights_DV, hidden_BTD, targets_BT):
+        chunk, logits_dtype = config.loss_chunk, config.logits_dtype
+        return log_probs_and_entropies(hidden_BTD, weights_DV, targets_BT, chunk, logits_dtype, temperature)
+
+    log_prob_BT, entropy_BT = model.operators.map_rows(each, model.output_weights(), hidden_BTD, batch["targets"])
+    return log_prob_BT, entropy_BT, router
+
+
+def training_forward(
+    model: HybridLM, batch: dict[str, jax.Array], rope_theta: float | jax.Array | None
+) -> tuple[jax.Array, RouterSums | None]:
+    """The hidden vectors [B, T, D] of a batch, and the router's sums."""
+    return model(
         batch["inputs"],
         segment_ids_BT=batch["segment_ids"],
         positions_BT=batch["positions"],
         rope_theta=rope_theta,
     )
-
-    def each(weights_DV, hidden_BTD, targets_BT):
-        chunk, logits_dtype = config.loss_chunk, config.logits_dtype
-        both = log_probs_and_entropies(hidden_BTD, weights_DV, targets_BT, chunk, logits_dtype, temperature)
-        return jnp.stack(both, axis=-1)
-
-    both_BT2 = model.operators.map_rows(each, model.output_weights(), hidden_BTD, batch["targets"])
-    return both_BT2[..., 0], both_BT2[..., 1], router
 
 
 def token_terms(config: PolicyGradientConfig, log_prob_BT: jax.Array, batch: dict[str, jax.Array]) -> TokenTerms:

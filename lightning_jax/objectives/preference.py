@@ -9,7 +9,6 @@ Shapes: B batch, T sequence, P places for pairs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,10 @@ import jax.numpy as jnp
 from lightning_jax.models import HybridLM, ModelConfig, RouterSums
 from lightning_jax.objectives.config import PreferenceConfig
 from lightning_jax.objectives.cross_entropy import target_log_probs
-from lightning_jax.objectives.routing import router_loss
+from lightning_jax.objectives.pair_sums import PairSums, mean_over_pairs, sum_over_pairs
 from lightning_jax.objectives.segments import pairs, segment_sums
 
 REFERENCE = "reference_log_probs"  # of a batch: the reference's log-probability of each segment, [B, T]
-
-
-class PreferenceSums(NamedTuple):
-    """Sums over pairs, but for the last two, which are over tokens."""
-
-    pairs: jax.Array
-    loss: jax.Array
-    chosen_reward: jax.Array
-    rejected_reward: jax.Array
-    correct: jax.Array  # pairs whose chosen reward is the larger; a tie is half
-    chosen_log_prob: jax.Array  # mean over the answer's tokens
-    rejected_log_prob: jax.Array
-    tokens: jax.Array
-    router: RouterSums | None
 
 
 def segment_log_probs(
@@ -80,47 +65,27 @@ class Preference:
     settings: PreferenceConfig
     rope_theta: float | jax.Array | None = None  # replaces the model's
 
-    def sums(self, model: HybridLM, batch: dict[str, jax.Array]) -> PreferenceSums:
+    def sums(self, model: HybridLM, batch: dict[str, jax.Array]) -> PairSums:
         """What a batch, or a part of one, adds to the loss; a pair of which one side is not trained adds none."""
+        segment_ids_BT = batch["segment_ids"]
         log_prob_BT, router = segment_log_probs(model, self.config, batch, self.rope_theta)
-        length_BT = segment_sums(batch["loss_mask"].astype(log_prob_BT.dtype), batch["segment_ids"])
+        length_BT = segment_sums(batch["loss_mask"].astype(log_prob_BT.dtype), segment_ids_BT)
         mean_BT = log_prob_BT / jnp.maximum(length_BT, 1)
         ratio_BT = log_prob_BT - batch[REFERENCE]
         if self.settings.loss != "dpo":
             ratio_BT = ratio_BT / jnp.maximum(length_BT, 1)
-        loss_BP, *rewards = preference_loss(self.settings, *pairs(ratio_BT))
-        chosen_BP, rejected_BP = rewards
         first_BP, second_BP = pairs(length_BT)
-        is_pair_BP = (first_BP > 0) & (second_BP > 0)
-
-        def total(values_BP: jax.Array) -> jax.Array:
-            return jnp.sum(values_BP, where=is_pair_BP)
-
         chosen_mean_BP, rejected_mean_BP = pairs(mean_BT)
-        return PreferenceSums(
-            pairs=total(jnp.ones_like(loss_BP)),
-            loss=total(loss_BP),
-            chosen_reward=total(chosen_BP),
-            rejected_reward=total(rejected_BP),
-            correct=total((jnp.sign(chosen_BP - rejected_BP) + 1) / 2),
-            chosen_log_prob=total(chosen_mean_BP),
-            rejected_log_prob=total(rejected_mean_BP),
-            tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+        return sum_over_pairs(
+            "reward",
+            *preference_loss(self.settings, *pairs(ratio_BT)),
+            is_pair_BP=(first_BP > 0) & (second_BP > 0),
+            segment_ids_BT=segment_ids_BT,
             router=router,
+            chosen_log_prob=chosen_mean_BP,  # over the answer's tokens
+            rejected_log_prob=rejected_mean_BP,
         )
 
-    def loss(self, sums: PreferenceSums) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, sums: PairSums) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The scalar to minimise, and metrics: means over pairs."""
-        count = jnp.maximum(sums.pairs, 1)
-        auxiliary, metrics = router_loss(self.config, sums.router, sums.tokens)
-        loss = sums.loss / count
-        return loss + auxiliary, metrics | {
-            "loss": loss,
-            "accuracy": sums.correct / count,
-            "margin": (sums.chosen_reward - sums.rejected_reward) / count,
-            "chosen_reward": sums.chosen_reward / count,
-            "rejected_reward": sums.rejected_reward / count,
-            "chosen_log_prob": sums.chosen_log_prob / count,
-            "rejected_log_prob": sums.rejected_log_prob / count,
-            "pairs": sums.pairs,
-        }
+        return mean_over_pairs(self.config, sums)

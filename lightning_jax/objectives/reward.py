@@ -8,7 +8,6 @@ Shapes: B batch, T sequence, P places for pairs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,8 @@ import jax.numpy as jnp
 from lightning_jax.models import ModelConfig, RouterSums
 from lightning_jax.models.reward_model import RewardModel
 from lightning_jax.objectives.config import RewardModelConfig
-from lightning_jax.objectives.routing import router_loss
+from lightning_jax.objectives.pair_sums import PairSums, mean_over_pairs, sum_over_pairs
 from lightning_jax.objectives.segments import last_tokens, pairs, segment_sums
-
-
-class RewardSums(NamedTuple):
-    """Sums over pairs, but for the last two, which are over tokens."""
-
-    pairs: jax.Array
-    loss: jax.Array
-    chosen_score: jax.Array
-    rejected_score: jax.Array
-    correct: jax.Array  # pairs whose chosen score is the larger; a tie is half
-    tokens: jax.Array
-    router: RouterSums | None
 
 
 def segment_scores(
@@ -61,38 +48,23 @@ class Reward:
     settings: RewardModelConfig
     rope_theta: float | jax.Array | None = None  # replaces the model's
 
-    def sums(self, model: RewardModel, batch: dict[str, jax.Array]) -> RewardSums:
+    def sums(self, model: RewardModel, batch: dict[str, jax.Array]) -> PairSums:
         """What a batch, or a part of one, adds to the loss; the margin of a pair is that of its chosen chat."""
+        segment_ids_BT = batch["segment_ids"]
         score_BT, router = segment_scores(model, batch, self.rope_theta)
         chosen_BP, rejected_BP = pairs(score_BT)
         margin_BP = pairs(batch["margin"])[0] if self.settings.use_margin else 0.0
-        # A second segment there is where its first token is.
-        length_BT = segment_sums(jnp.ones_like(score_BT), batch["segment_ids"])
-        is_pair_BP = pairs(length_BT)[1] > 0
-
-        def total(values_BP: jax.Array) -> jax.Array:
-            return jnp.sum(values_BP, where=is_pair_BP)
-
-        return RewardSums(
-            pairs=total(jnp.ones_like(chosen_BP)),
-            loss=total(reward_loss(self.settings, chosen_BP, rejected_BP, margin_BP)),
-            chosen_score=total(chosen_BP),
-            rejected_score=total(rejected_BP),
-            correct=total((jnp.sign(chosen_BP - rejected_BP) + 1) / 2),
-            tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+        length_BT = segment_sums(jnp.ones_like(score_BT), segment_ids_BT)
+        return sum_over_pairs(
+            "score",
+            reward_loss(self.settings, chosen_BP, rejected_BP, margin_BP),
+            chosen_BP,
+            rejected_BP,
+            is_pair_BP=pairs(length_BT)[1] > 0,
+            segment_ids_BT=segment_ids_BT,
             router=router,
         )
 
-    def loss(self, sums: RewardSums) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, sums: PairSums) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The scalar to minimise, and metrics: means over pairs."""
-        count = jnp.maximum(sums.pairs, 1)
-        auxiliary, metrics = router_loss(self.config, sums.router, sums.tokens)
-        loss = sums.loss / count
-        return loss + auxiliary, metrics | {
-            "loss": loss,
-            "accuracy": sums.correct / count,
-            "margin": (sums.chosen_score - sums.rejected_score) / count,
-            "chosen_score": sums.chosen_score / count,
-            "rejected_score": sums.rejected_score / count,
-            "pairs": sums.pairs,
-        }
+        return mean_over_pairs(self.config, sums)

@@ -15,11 +15,18 @@ import optax
 from flax import nnx
 
 from lightning_jax.optimizers.config import OptimizerConfig
+from lightning_jax.optimizers.finite import where_finite
+from lightning_jax.optimizers.offload import on_device_in_turns
 from lightning_jax.optimizers.schedules import LearningRate
 
 
-def build_optimizer(config: OptimizerConfig, learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of one stage: `update(gradients, state, params, step=step)` with the stage's step.
+def build_optimizer(
+    config: OptimizerConfig, learning_rate: LearningRate, *, moments_on_host: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of one stage: `update(gradients, state, params, step=step, finite=finite)` with the stage's step.
+
+    Where `finite`, a bool that may be traced, is false the state stays as it is, and the updates are not to be used.
+    With `moments_on_host` the moments are given and come back in the host's memory.
 
     The state (two moments and the count of updates) has the same structure and dtypes for every config of equal
     `moment_dtype`, so that a stage goes on with the state of the one before; the step is an argument because the
@@ -31,14 +38,18 @@ def build_optimizer(config: OptimizerConfig, learning_rate: LearningRate) -> opt
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _with_moments_in(
-            jnp.dtype(config.moment_dtype), optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+            jnp.dtype(config.moment_dtype),
+            moments_on_host,
+            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         ),
         optax.add_decayed_weights(config.weight_decay, _MASKS[config.decay_mask]),
         _scale_by_learning_rate(learning_rate),
     )
 
 
-def _with_moments_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def _with_moments_in(
+    dtype: jnp.dtype, on_host: bool, adam: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
     """Adam computed in float32 whatever the gradients are in, with both moments stored in `dtype`."""
 
     def cast(state: optax.ScaleByAdamState, to: jnp.dtype) -> optax.ScaleByAdamState:
@@ -47,11 +58,21 @@ def _with_moments_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> op
     def init(params: Any) -> optax.ScaleByAdamState:
         return cast(adam.init(params), dtype)
 
-    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        updates, state = adam.update(optax.tree.cast(updates, jnp.float32), cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+    def update(
+        updates: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: bool | jax.Array = True, **_: Any
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        def of_arrays(updates: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
+            before = optax.ScaleByAdamState(state.count, mu, nu)
+            updates, after = adam.update(updates, cast(before, jnp.float32))
+            _, mu, nu = where_finite(finite, cast(after, dtype), before)
+            return updates, mu, nu
 
-    return optax.GradientTransformation(init, update)
+        trees = (optax.tree.cast(updates, jnp.float32), state.mu, state.nu)
+        updates, mu, nu = on_device_in_turns(of_arrays, *trees) if on_host else of_arrays(*trees)
+        count = where_finite(finite, optax.safe_increment(state.count), state.count)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:

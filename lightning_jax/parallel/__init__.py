@@ -12,7 +12,7 @@ from lightning_jax.parallel.sharding import (
     batch_sharding,
     batch_shards,
     constrain,
-    create_sharded,
+    on_host,
     rows_of_host,
     shardings,
 )
@@ -28,8 +28,8 @@ __all__ = [
     "batch_sharding",
     "batch_shards",
     "constrain",
-    "create_sharded",
     "make_mesh",
+    "on_host",
     "operators",
     "rows_of_host",
     "shardings",

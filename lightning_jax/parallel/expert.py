@@ -1,4 +1,6 @@
 """Expert parallelism: the mesh axis "expert" splits both the experts and the batch, so tokens travel to their experts.
+Expert tensor parallelism: "expert_tensor" splits the batch and each expert's feed-forward dim, without "tensor" and the
+heads having to be split as finely; its devices gather one another's tokens and reduce-scatter the parts of their sums.
 
 "capacity" exchanges places all to all: a device sends each expert's places of its own groups of tokens to the device
 that holds the expert, and gets them back computed. It moves k * capacity_factor vectors per token each way and computes
@@ -8,11 +10,13 @@ and reduce-scatter the parts: exact for any imbalance in buffers of fixed size, 
 each way. So they move less up to devices = k * capacity_factor + 1 and more beyond; and the device with the most
 popular experts keeps the others waiting.
 
-Sources: GShard (arXiv 2006.16668) section 3; MiniMax-01 (arXiv 2501.08313) section 2.1 and 3.1.
+Sources: GShard (arXiv 2006.16668) section 3; MiniMax-01 (arXiv 2501.08313) section 2.1, and 3.1 for ETP.
 
-Shapes: B batch rows here, X devices along "expert", T sequence, D model dim, E experts, F feed-forward dim,
-k experts per token, C places per expert and group of tokens.
+Shapes: B batch rows here, X devices along "expert", Z along "expert_tensor", T sequence, D model dim, E experts,
+F feed-forward dim, k experts per token, C places per expert and group of tokens.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +30,23 @@ from lightning_jax.models.experts import (
     experts_by_capacity,
     for_platform,
 )
+from lightning_jax.parallel.config import GradientDtype
 from lightning_jax.parallel.sharding import RULES, ShardingError
 
 BATCH = RULES.mesh_axes("batch")
 SEQUENCE = RULES.mesh_axes("sequence")
 EMBED = RULES.mesh_axes("expert_embed")
 EXPERTS = RULES.mesh_axes("experts")
-MLP = RULES.mesh_axes("mlp")
+MLP = RULES.mesh_axes("expert_mlp")
+EXPERT_TENSOR = tuple(axis for axis in MLP if axis in BATCH)  # devices with other rows
+TENSOR = tuple(axis for axis in MLP if axis not in BATCH)  # devices with the same ones
 
 
 class ParallelExperts:
     """The `experts` operator over a mesh; equal to the one-device operator in values and gradients."""
 
-    def __init__(self, mesh: Mesh, config: ModelConfig):
-        self.mesh, self.config = mesh, config
+    def __init__(self, mesh: Mesh, config: ModelConfig, gradient_dtype: GradientDtype = "compute"):
+        self.mesh, self.config, self.gradient_dtype = mesh, config, gradient_dtype
         self.dispatch = for_platform(config.expert_dispatch, mesh.devices.flat[0].platform)
 
     def __call__(
@@ -58,6 +65,8 @@ class ParallelExperts:
         """
         if self.dispatch == "capacity":
             self._check_groups(x_BTD.shape[1])
+        # What goes into shard_map has its gradient added up in its own dtype.
+        dtype = x_BTD.dtype if self.gradient_dtype == "compute" else jnp.promote_types(x_BTD.dtype, jnp.float32)
         rows = PartitionSpec(BATCH, SEQUENCE)
         split = ExpertWeights(
             gate_EDF=PartitionSpec(EXPERTS, EMBED, MLP),
@@ -73,7 +82,7 @@ class ParallelExperts:
             out_specs=(rows, PartitionSpec()),
             # The dispatches' loops start from constants, which the check takes for values that differ by device.
             check_vma=False,
-        )(x_BTD, expert_BTk, weight_BTk, weights, mask_BT)
+        )(x_BTD, expert_BTk, weight_BTk, weights.astype(dtype), mask_BT)
 
     def _check_groups(self, length: int) -> None:
         group, devices = self.config.capacity_group, self.mesh.shape["sequence"]
@@ -84,12 +93,15 @@ class ParallelExperts:
             )
 
     def _capacity(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
-        weights = _gather_embed(weights)
+        weights = _gather_embed(weights, x_BTD.dtype)
 
         def compute(x_BECD):
             # [B, E, ...] of these groups and all experts <-> [B * X, E / X, ...] of all groups and these experts.
             x_BECD = jax.lax.all_to_all(x_BECD, EXPERTS, split_axis=1, concat_axis=0, tiled=True)
+            # <-> [B * X * Z, E / X, ...], of which these are the sums over a part of F.
+            x_BECD = jax.lax.all_gather(x_BECD, EXPERT_TENSOR, axis=0, tiled=True)
             y_BECD = batched_swiglu(x_BECD, weights)
+            y_BECD = jax.lax.psum_scatter(y_BECD, EXPERT_TENSOR, scatter_dimension=0, tiled=True)
             return jax.lax.all_to_all(y_BECD, EXPERTS, split_axis=0, concat_axis=1, tiled=True)
 
         y_BTD, dropped = experts_by_capacity(
@@ -102,18 +114,20 @@ class ParallelExperts:
             capacity_factor=self.config.capacity_factor,
             capacity_group=self.config.capacity_group,
         )
-        return jax.lax.psum(y_BTD, MLP), jax.lax.psum(dropped, (*BATCH, *SEQUENCE))
+        return jax.lax.psum(y_BTD, TENSOR), jax.lax.psum(dropped, (*BATCH, *SEQUENCE))
 
     def _dropless(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
-        weights = _gather_embed(weights)
+        weights = _gather_embed(weights, x_BTD.dtype)
         weight_BTk = jnp.where(mask_BT[..., None], weight_BTk, 0)
         rows = jax.tree.map(
-            lambda x: jax.lax.all_gather(x, EXPERTS, axis=0, tiled=True), (x_BTD, expert_BTk, weight_BTk)
+            lambda x: jax.lax.all_gather(x, (*EXPERTS, *EXPERT_TENSOR), axis=0, tiled=True),
+            (x_BTD, expert_BTk, weight_BTk),
         )
         first_expert = jax.lax.axis_index(EXPERTS) * weights.gate_EDF.shape[0]
         y_BTD = dropless_experts(*rows, weights, first_expert=first_expert, dispatch=self.dispatch)
-        y_BTD = jax.lax.psum_scatter(y_BTD.astype(x_BTD.dtype), EXPERTS, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(y_BTD, MLP), jnp.zeros((), jnp.float32)
+        y_BTD = y_BTD.astype(x_BTD.dtype)
+        y_BTD = jax.lax.psum_scatter(y_BTD, (*EXPERTS, *EXPERT_TENSOR), scatter_dimension=0, tiled=True)
+        return jax.lax.psum(y_BTD, TENSOR), jnp.zeros((), jnp.float32)
 
 
 def _is_local(primitive, *_, **__) -> bool:
@@ -121,10 +135,27 @@ def _is_local(primitive, *_, **__) -> bool:
     return primitive.name != "all_gather"
 
 
-def _gather_embed(weights: ExpertWeights) -> ExpertWeights:
-    """The local experts' matrices with their model dim whole; the gradient is reduce-scattered."""
+def _gather_embed(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
+    """The local experts' matrices with their model dim whole, in a dtype; the gradient is reduce-scattered."""
+    return ExpertWeights(
+        _gather(weights.gate_EDF, 1, dtype), _gather(weights.up_EDF, 1, dtype), _gather(weights.down_EFD, 2, dtype)
+    )
 
-    def gather(weight: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.all_gather(weight, EMBED, axis=axis, tiled=True)
 
-    return ExpertWeights(gather(weights.gate_EDF, 1), gather(weights.up_EDF, 1), gather(weights.down_EFD, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    """The parts along EMBED, sent in `dtype`; those of the gradient are sent in the dtype of the weight."""
+    return jax.lax.all_gather(weight.astype(dtype), EMBED, axis=axis, tiled=True)
+
+
+def _gather_forward(weight, axis, dtype):
+    # Not by calling _gather, inside which a policy of rematerialisation sees nothing.
+    gathered = jax.lax.all_gather(weight.astype(dtype), EMBED, axis=axis, tiled=True)
+    return gathered, jnp.zeros((), weight.dtype)
+
+
+def _gather_backward(axis, dtype, like, gradient):
+    return (jax.lax.psum_scatter(gradient.astype(like.dtype), EMBED, scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -9,6 +9,7 @@ Shapes: B batch, T sequence, H query heads, G key/value heads, K head dim.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lightning_jax.models.config import ModelConfig
 from lightning_jax.models.operators import Operators, complete, project
-from lightning_jax.parallel.config import SequenceAttention
+from lightning_jax.parallel.config import GradientDtype, SequenceAttention
 from lightning_jax.parallel.expert import ParallelExperts
 from lightning_jax.parallel.sequence import sequence_parallel_softmax_attention
 from lightning_jax.parallel.sharding import RULES, ShardingError, constrain
@@ -36,11 +37,17 @@ CACHE = PartitionSpec(None, BATCH, HEADS)
 
 # Cached, because modules compare their operators by identity: equal configs must get equal modules, or jit recompiles.
 @functools.cache
-def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAttention = "ring") -> Operators:
+def operators(
+    mesh: Mesh,
+    config: ModelConfig,
+    sequence_attention: SequenceAttention = "ring",
+    gradient_dtype: GradientDtype = "compute",
+) -> Operators:
     """The operators that compute a model on this mesh; those of one device are the model's own.
 
     Args:
         sequence_attention: how keys and values travel where the mesh splits the sequence.
+        gradient_dtype: in which devices add up their parts of the gradients of weights.
 
     Raises:
         ShardingError: the mesh axis "tensor" does not divide the model's heads.
@@ -139,14 +146,47 @@ def operators(mesh: Mesh, config: ModelConfig, sequence_attention: SequenceAtten
         softmax_attention=softmax_attention,
         lightning_attention_from=lightning_attention_from,
         cached_softmax_attention=cached_softmax_attention,
-        experts=ParallelExperts(mesh, config),
-        project=project if sequence == 1 else _project_unflattened,
+        experts=ParallelExperts(mesh, config, gradient_dtype),
+        project=_projection(config, sequence, gradient_dtype),
         sum_over_rows=sum_over_rows,
         map_rows=map_rows,
         constrain=functools.partial(constrain, mesh=mesh),
     )
 
 
+def _projection(
+    config: ModelConfig, sequence: int, gradient_dtype: GradientDtype
+) -> Callable[[jax.Array, nnx.Param], jax.Array]:
+    if gradient_dtype == "float32" and config.compute_dtype != "float32":
+        return lambda x_BTD, weight: _product(x_BTD, weight[...])
+    return project if sequence == 1 else _project_unflattened
+
+
 def _project_unflattened(x_BTD: jax.Array, weight: nnx.Param) -> jax.Array:
     """x @ weight where both rows and their tokens are split: flattened, the tokens would have to be gathered."""
     return jnp.einsum("btd,da->bta", x_BTD, weight[...].astype(x_BTD.dtype))
+
+
+@jax.custom_vjp
+def _product(x_BTD: jax.Array, weight_DA: jax.Array) -> jax.Array:
+    """x @ weight in the dtype of x, whose gradient of the weight is float32 from the product on.
+
+    A device has the sum over its own tokens, and the compiler adds up those of all devices in the dtype of the product.
+    """
+    return jnp.einsum("btd,da->bta", x_BTD, weight_DA.astype(x_BTD.dtype))
+
+
+def _product_forward(x_BTD, weight_DA):
+    # Not by calling _product, inside which a policy of rematerialisation sees nothing.
+    return jnp.einsum("btd,da->bta", x_BTD, weight_DA.astype(x_BTD.dtype)), (x_BTD, weight_DA)
+
+
+def _product_backward(residuals, dy_BTA):
+    x_BTD, weight_DA = residuals
+    dx_BTD = jnp.einsum("bta,da->btd", dy_BTA, weight_DA.astype(x_BTD.dtype))
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    dweight_DA = jnp.einsum("btd,bta->da", x_BTD, dy_BTA, preferred_element_type=wide)
+    return dx_BTD, dweight_DA.astype(weight_DA.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)

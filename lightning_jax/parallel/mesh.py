@@ -1,4 +1,4 @@
-"""The device mesh: five named axes over which a run is laid out."""
+"""The device mesh: six named axes over which a run is laid out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from lightning_jax.parallel.config import MeshConfig
+from lightning_jax.errors import UserError
+from lightning_jax.parallel.config import AXES, MeshConfig
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """A mesh that does not fit the devices."""
 
 
@@ -79,7 +80,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
         return sizes | {open_axis: num_devices // given}
     if num_devices == given:
         return sizes
-    described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    described = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1 on every axis"
     needed = f"a multiple of {given} devices" if open_axis else f"{given} device{'s' if given > 1 else ''}"
     advice = _advice(sizes, open_axis, num_devices)
     raise MeshError(f"mesh: {described} needs {needed}, {num_devices} were found; use {advice}")
@@ -87,7 +88,7 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def _advice(sizes: dict[str, int], open_axis: str | None, num_devices: int) -> str:
     """One axis to change so that every device is used, or, where none will do, all of them."""
-    for axis in ("fsdp", "data", "expert", "sequence", "tensor"):
+    for axis in ("fsdp", "data", *AXES[2:]):
         others = math.prod(size for other, size in sizes.items() if other != axis and size != -1)
         if axis != open_axis and num_devices % others == 0:
             return f"{axis}=1" if open_axis else f"{axis}=-1"

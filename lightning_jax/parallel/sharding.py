@@ -5,7 +5,7 @@ Source: GSPMD (arXiv 2105.04663); ZeRO (arXiv 1910.02054) for splitting paramete
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lightning_jax.errors import UserError
 from lightning_jax.models.operators import LogicalAxes
 
+HOST_MEMORY = "pinned_host"  # as JAX calls it
 
-class ShardingError(ValueError):
+
+class ShardingError(UserError):
     """An array that cannot be split as the rules say."""
 
 
@@ -53,7 +56,7 @@ class ShardingRules:
         for logical_axis, mesh_axes, size in zip(logical_axes, split, shape, strict=True):
             devices = mesh_size(mesh, mesh_axes)
             if size % devices:
-                described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes)
+                described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes if mesh.shape[axis] > 1)
                 raise ShardingError(
                     f"{name}: axis {logical_axis!r} of size {size} does not divide over mesh axes {described}; "
                     f"use a divisor of {size}"
@@ -71,16 +74,17 @@ class ShardingRules:
 RULES = ShardingRules(
     {
         # Activations. Their model dim is declared None: "embed" is for parameters.
-        "batch": ("data", "fsdp", "expert"),
+        "batch": ("data", "fsdp", "expert", "expert_tensor"),
         "sequence": ("sequence",),
         # Parameters, over all devices but those along "data", gathered layer by layer; experts stay apart.
         "layers": (),
-        "embed": ("fsdp", "sequence", "expert"),
+        "embed": ("fsdp", "sequence", "expert", "expert_tensor"),
         "expert_embed": ("fsdp", "sequence"),
         "vocab": ("tensor",),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
+        "expert_mlp": ("expert_tensor", "tensor"),
         "experts": ("expert",),
     }
 )
@@ -123,13 +127,28 @@ def abstract(tree: Any, mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     )
 
 
-def create_sharded(create: Callable[[], Any], mesh: Mesh, rules: ShardingRules = RULES) -> Any:
-    """What `create()` returns, computed so that no device ever holds more than its share of it."""
-    return jax.jit(create, out_shardings=shardings(jax.eval_shape(create), mesh, rules))()
+def on_host(shardings: Any, shapes: Any, mesh: Mesh) -> Any:
+    """The same shardings for arrays in the host's memory; scalars stay on the devices.
+
+    Raises:
+        ShardingError: the platform, or this version of JAX on it, has no such memory.
+    """
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}  # none where it is only described
+    if kinds and HOST_MEMORY not in kinds:
+        raise ShardingError(
+            f"mesh.moments: with jax {jax.__version__} {device.device_kind} does not reach its host's memory "
+            f"({HOST_MEMORY}), only {', '.join(sorted(kinds))}; use device"
+        )
+
+    def place(sharding: NamedSharding, shape: jax.ShapeDtypeStruct) -> NamedSharding:
+        return sharding.with_memory_kind(HOST_MEMORY) if shape.ndim else sharding
+
+    return jax.tree.map(place, shardings, shapes)
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
-    """The sharding of a batch's arrays [B, T]: rows over "data", "fsdp" and "expert", their tokens over "sequence"."""
+    """The sharding of a batch's arrays [B, T]: rows over the axes of "batch", their tokens over "sequence"."""
     return NamedSharding(mesh, PartitionSpec(rules.mesh_axes("batch"), rules.mesh_axes("sequence")))
 
 
@@ -160,7 +179,7 @@ def rows_of_host(mesh: Mesh, process_index: int) -> RowsOfHost:
     if sum(map(len, parts)) > len(by_shard) or len({len(part) for part in parts}) > 1:
         raise ShardingError(
             "mesh: hosts share some rows of a batch and not others; let the devices of a host divide data x fsdp x "
-            "expert, or be divided by sequence x tensor"
+            "expert x expert_tensor, or be divided by sequence x tensor"
         )
     return RowsOfHost(parts.index(tuple(sorted(shards[process_index]))), len(parts))
 

@@ -270,14 +270,16 @@ def _sent(
         devices, trained = math.prod(sizes[axis] for axis in axes), held.gathered_trained[axes]
         add(axes, parts * width * (2 * elements + trained) * (devices - 1) / devices)
         add(("data",), parts * _all_reduce(width * trained / devices, sizes["data"]))
-    expert, sequence, tensor = (sizes[axis] for axis in AXES[2:])
+    expert, expert_tensor, sequence, tensor = (sizes[axis] for axis in AXES[2:])
     layers = model.num_layers
     if model.num_experts:
         if model.expert_dispatch == "capacity":
-            each_way = _copies(model) * tokens * D * width * (expert - 1) / expert
+            places = _copies(model) * tokens * D * width
+            each_way = {("expert",): places * (expert - 1) / expert, ("expert_tensor",): places * (expert_tensor - 1)}
         else:
-            each_way = tokens * D * width * (expert - 1)
-        add(("expert",), parts * layers * 2 * (passes - 1) * each_way)
+            each_way = {("expert", "expert_tensor"): tokens * D * width * (expert * expert_tensor - 1)}
+        for axes, size in each_way.items():
+            add(axes, parts * layers * 2 * (passes - 1) * size)
     # A sum of the mixer's and of the feed-forward's output in each pass that computes them, and of their gradients.
     add(("tensor",), parts * layers * 2 * (passes - 1) * _all_reduce(tokens * D * width, tensor))
     heads, kv_heads = model.num_heads / tensor, model.num_kv_heads / tensor

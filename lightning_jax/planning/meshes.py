@@ -1,8 +1,8 @@
 """Which mesh a run takes on a slice: the one stated for its recipe and chip, or the best that the estimate knows.
 
-Of all products of axes that divide the model, its batches and the devices, "auto" takes those that fit, with room for
-the estimate's error, and of them the one whose collectives take the least time over all steps; on equal terms the one
-that splits least.
+Of all products of axes that divide the model, its batches and the devices, without "expert_tensor", "auto" takes those
+that fit, with room for the estimate's error, and of them the one whose collectives take the least time over all steps;
+on equal terms the one that splits least.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from lightning_jax.planning.report import mesh_text
 from lightning_jax.stages import Stage
 
 ERROR = 1.15  # the compiler may need so many times the estimate
+
+SEARCHED = tuple(axis for axis in AXES if axis != "expert_tensor")
 
 CHOICES = ("auto", "preset")
 MESH_HELP = "instead of the config's mesh the one with the least communication of those that fit, or the recipe's own"
@@ -46,7 +48,7 @@ def with_mesh(config: RunConfig, choice: str, stages: Sequence[Stage], target: S
         UserError: there is none.
     """
     mesh, why = best_mesh(config, stages, target) if choice == "auto" else preset(config, target)
-    return dataclasses.replace(config, mesh=mesh), why
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh.sizes())), why
 
 
 def preset(config: RunConfig, target: Slice) -> tuple[MeshConfig, str]:
@@ -75,8 +77,8 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
     """
     chosen = dataclasses.replace(config, run_stages=tuple(stage.name for stage in stages))
     plans: list[tuple[MeshConfig, list[Estimate]]] = []
-    for sizes in _products(target.num_devices, len(AXES)):
-        mesh = MeshConfig(*sizes, config.mesh.sequence_attention)
+    for sizes in _products(target.num_devices, len(SEARCHED)):
+        mesh = dataclasses.replace(config.mesh, expert_tensor=1, **dict(zip(SEARCHED, sizes, strict=True)))
         candidate = dataclasses.replace(chosen, mesh=mesh)
         if not candidate.problems_on(target.num_devices):
             plans.append((mesh, [estimate(candidate, stage, target) for stage in stages]))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from lightning_jax.input_pipeline import PreparedCorpus
 from lightning_jax.references.cached import with_reference
 from lightning_jax.references.live import live_reference
-from lightning_jax.references.place import Key, Place, ReferenceError
+from lightning_jax.references.running_stage import Key, ReferenceError, RunningStage
 from lightning_jax.train_step import Batch, TrainState
 
-__all__ = ["Place", "Reference", "ReferenceError", "reference_of"]
+__all__ = ["Reference", "ReferenceError", "RunningStage", "reference_of"]
 
 
 class Reference(NamedTuple):
@@ -26,7 +26,7 @@ class Reference(NamedTuple):
     key: Key | None = None
 
 
-def reference_of(state: TrainState, corpora: Mapping[str, PreparedCorpus], place: Place) -> Reference:
+def reference_of(state: TrainState, corpora: Mapping[str, PreparedCorpus], running: RunningStage) -> Reference:
     """The reference of a stage of preference tuning, as its config chooses it.
 
     Args:
@@ -35,8 +35,8 @@ def reference_of(state: TrainState, corpora: Mapping[str, PreparedCorpus], place
     Raises:
       ReferenceError: the run goes on in the middle of the stage, and what it kept is missing or not its own.
     """
-    if place.stage.config.preference.reference == "live":
-        add, key = live_reference(state.params, place)
+    if running.stage.config.preference.reference == "live":
+        add, key = live_reference(state.params, running)
         return Reference(corpora, add, key)
-    corpora, key = with_reference(corpora, place.programs.weights(state.params), place)
+    corpora, key = with_reference(corpora, running.programs.weights(state.params), running)
     return Reference(corpora, key=key)

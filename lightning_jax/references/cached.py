@@ -24,7 +24,7 @@ from lightning_jax.input_pipeline import PreparedCorpus
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.packing import Documents
 from lightning_jax.objectives.preference import REFERENCE
-from lightning_jax.references.place import Key, Place, fingerprint_of
+from lightning_jax.references.running_stage import Key, RunningStage, fingerprint_of
 
 SPLITS = ("train", "validation")
 
@@ -45,7 +45,7 @@ class WithReference:
 
 
 def with_reference(
-    corpora: Mapping[str, PreparedCorpus], weights: nnx.State, place: Place
+    corpora: Mapping[str, PreparedCorpus], weights: nnx.State, running: RunningStage
 ) -> tuple[dict[str, PreparedCorpus], Key]:
     """The corpora with the reference's log-probabilities, from the run's folder or computed now, and their key.
 
@@ -55,8 +55,8 @@ def with_reference(
     Raises:
       ReferenceError: the run goes on in the middle of the stage, and the file is missing or not the one it began with.
     """
-    stage, saved_key = place.stage, place.saved_key
-    path = place.folder / f"{stage.name}.npz"
+    stage, saved_key = running.stage, running.saved_key
+    path = running.folder / f"{stage.name}.npz"
     key = {
         "weights": fingerprint_of(weights) if saved_key is None else saved_key["weights"],
         "data": {name: {split: getattr(each, split).fingerprint for split in SPLITS} for name, each in corpora.items()},
@@ -66,8 +66,8 @@ def with_reference(
     found, arrays = _read(path)
     if found != key:
         if saved_key is not None:
-            raise place.refusal(path, "is of other weights or data" if found else "is missing or damaged")
-        compute = functools.partial(_log_probs, weights=weights, place=place)
+            raise running.refusal(path, "is of other weights or data" if found else "is missing or damaged")
+        compute = functools.partial(_log_probs, weights=weights, running=running)
         arrays = {
             f"{name}/{split}": compute(getattr(corpus, split))
             for name, corpus in sorted(corpora.items())
@@ -76,7 +76,7 @@ def with_reference(
         if jax.process_index() == 0:
             _write(path, key, arrays)
         chats = sum(map(len, arrays.values()))
-        place.say(f"stage {stage.name}: reference log-probabilities of {chats:,} chats in {path}")
+        running.say(f"stage {stage.name}: reference log-probabilities of {chats:,} chats in {path}")
     return {
         name: dataclasses.replace(
             corpus, **{split: WithReference(getattr(corpus, split), arrays[f"{name}/{split}"]) for split in SPLITS}
@@ -85,19 +85,19 @@ def with_reference(
     }, key
 
 
-def _log_probs(store: Documents, *, weights: nnx.State, place: Place) -> np.ndarray:
+def _log_probs(store: Documents, *, weights: nnx.State, running: RunningStage) -> np.ndarray:
     """The log-probability of what is trained of each document, float32 [documents]."""
     log_probs = np.zeros(len(store.offsets) - 1, np.float32)
     if not len(log_probs):
         return log_probs
-    stage, programs = place.stage, place.programs
+    stage, programs = running.stage, running.programs
     rows = pack(store, "best_fit", stage.config.context_length, stage.config.documents_per_example)
     step, count = programs.log_prob_step(stage), programs.evaluation_rows(stage)
     host = programs.host
     share = count // host.count
     own = slice(host.index * share, (host.index + 1) * share)
     for first in range(0, len(rows), count):
-        place.progress("computing the reference's log-probabilities")
+        running.progress("computing the reference's log-probabilities")
         taken = np.arange(first, min(first + count, len(rows)))
         # Rows are taken again to fill the last batch: every batch is one shape.
         batch = rows.take(np.resize(taken, count)[own])

@@ -19,6 +19,7 @@ from flax import nnx
 
 from lightning_jax.config import RunConfig
 from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, log_prob_gap
+from lightning_jax.generation.exact import Draw, exact_completions
 from lightning_jax.input_pipeline import Mixture
 from lightning_jax.input_pipeline.packing import Batch
 from lightning_jax.input_pipeline.prompts import Prompt, Prompts
@@ -115,6 +116,7 @@ class Collector:
         self._model = dataclasses.replace(config.model, rope_theta=stage.config.rope_theta)
         self._generator: Generator | None = None
         self._log_probs = programs.policy_log_prob_step(stage)
+        self._draws = programs.draw_step(stage) if self.settings.rollouts.mode == "exact" else None
 
     def collect(
         self, generation: int, first_prompt: int, params: nnx.State, reference: nnx.State | None = None
@@ -156,9 +158,16 @@ class Collector:
                 f"{metrics['probability_correlation']:.4f}, below {rollouts.correlation_alarm}; see "
                 "lightning_jax/generation/README.md for modes in which they are nearer"
             )
+        if rollouts.mode == "exact" and metrics["log_prob_gap_max"]:
+            warnings.append(
+                f"generation {generation + 1}: log-probabilities of exact rollouts are up to "
+                f"{metrics['log_prob_gap_max']:.1e} nats from the trainer's; here its forward depends on what shares "
+                "a batch"
+            )
         tokens = sum(len(each.ids) for group in first.completions for each in group)
         timing = {f"{name}_seconds": value for name, value in seconds.items()}
-        timing["generated_tokens_per_second"] = tokens / max(seconds["generation"], 1e-9)
+        rates = {"generation": "generated", "reward": "rewarded", "scoring": "scored"}
+        timing |= {f"{done}_tokens_per_second": tokens / max(seconds[part], 1e-9) for part, done in rates.items()}
         samples = self._samples(groups, advantages_PG)
         return Collected(rows, next_prompt, metrics, timing, samples, warnings)
 
@@ -219,10 +228,22 @@ class Collector:
         generator = self._generator_of(params)
         groups: list[list[Completion]] = [[] for _ in prompts]
         self._progress("making rollouts")
-        for completion in generator.generate([prompt.ids for prompt in prompts], sampling):
+        ids = [prompt.ids for prompt in prompts]
+        if self._draws and sampling.temperature:
+            completions = exact_completions(generator, self._drawn(params), ids, sampling, self._length)
+        else:
+            completions = generator.generate(ids, sampling)
+        for completion in completions:
             groups[completion.prompt].append(completion)
             self._progress("making rollouts")
         return [sorted(group, key=lambda completion: completion.sample) for group in groups]
+
+    def _drawn(self, params: nnx.State) -> Draw:
+        def draw(rows: Batch) -> tuple[np.ndarray, np.ndarray]:
+            self._progress("drawing rollouts by the training forward")
+            return self._programs.by_rows(self.stage, self._draws, params, rows)
+
+        return draw
 
     def _generator_of(self, params: nnx.State) -> Generator:
         mesh, weights = self._programs.to_generate(params)

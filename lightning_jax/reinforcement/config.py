@@ -12,7 +12,8 @@ class RolloutConfig:
 
     # fast: as the model generates. aligned: also with an fp32 head and without excess precision, for which
     # XLA_FLAGS must say --xla_allow_excess_precision=false; then bf16 is rounded alike in generation and training.
-    mode: Literal["fast", "aligned"]
+    # exact: the training forward draws, and the model's generation only proposes (lightning_jax/generation/exact.py).
+    mode: Literal["fast", "aligned", "exact"]
     samples: int  # completions of each prompt
     updates: int  # optimizer steps on the rollouts of one policy: MiniMax-M1's 16 rounds
     max_new_tokens: int  # prompts that leave less than that of the context are left out

@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion, completion_batch
-from lightning_jax.input_pipeline.packing import Batch
+from lightning_jax.input_pipeline.packing import Batch, best_fit_decreasing
 from lightning_jax.input_pipeline.prompts import Prompt
 from lightning_jax.objectives.policy_gradient import ADVANTAGES, RECORDED
 
@@ -42,6 +42,24 @@ def with_advantages(rows: Batch, advantages_PG: np.ndarray, used_P: np.ndarray) 
     mask_NT = rows["loss_mask"] & np.repeat(used_P, advantages_PG.shape[1])[:, None]
     advantages_NT = np.where(mask_NT, advantages_PG.reshape(-1, 1), 0).astype(np.float32)
     return rows | {"loss_mask": mask_NT, ADVANTAGES: advantages_NT}
+
+
+def packed(rows: Batch, multiple: int) -> Batch:
+    """The same completions in fewer rows, as many in each as fit, and empty rows up to a multiple."""
+    length = rows["inputs"].shape[1]
+    size_N = np.sum(rows["segment_ids"] > 0, axis=1)
+    row_N = best_fit_decreasing(size_N, length)
+    count = min(-(-(int(row_N.max()) + 1) // multiple) * multiple, len(row_N))
+    together = {name: np.zeros((count, *array.shape[1:]), array.dtype) for name, array in rows.items()}
+    filled, segments = np.zeros(count, int), np.zeros(count, int)
+    for number, (row, size) in enumerate(zip(row_N, size_N, strict=True)):
+        place = slice(filled[row], filled[row] + size)
+        for name, array in rows.items():
+            together[name][row, place] = array[number, :size]
+        filled[row] += size
+        segments[row] += 1
+        together["segment_ids"][row, place] = segments[row]
+    return together
 
 
 def path_of(folder: pathlib.Path, stage: str, generation: int) -> pathlib.Path:

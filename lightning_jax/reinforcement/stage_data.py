@@ -20,9 +20,9 @@ from lightning_jax.input_pipeline.prompts import Prompts
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
-from lightning_jax.references.place import Key, Place
+from lightning_jax.references.running_stage import Key, RunningStage
 from lightning_jax.reinforcement.collecting import Collected, Collector
-from lightning_jax.reinforcement.experience import delete_others, digest, path_of, read_rows, write_rows
+from lightning_jax.reinforcement.experience import delete_others, digest, packed, path_of, read_rows, write_rows
 from lightning_jax.reinforcement.grading import open_rewards
 from lightning_jax.train_step import Batch
 
@@ -80,7 +80,7 @@ class RolloutData:
         tokenizer: Tokenizer,
         params: nnx.State,
         position: Position | None,
-        place: Place,
+        place: RunningStage,
         record: Record,
     ):
         self._place, self._stage, self._record = place, place.stage, record
@@ -114,10 +114,15 @@ class RolloutData:
         return self._place.programs.on_devices(self.again(step))
 
     def again(self, step: int) -> HostBatch:
-        size, host = self._stage.batch_sizes.rows(step), self._place.programs.host
-        share = size // host.count
-        first = (step % self._updates) * size + host.index * share
-        return {name: rows[first : first + share] for name, rows in self._rows.items()}
+        size, programs = self._stage.batch_sizes.rows(step), self._place.programs
+        first = step % self._updates * size
+        batch = {name: rows[first : first + size] for name, rows in self._rows.items()}
+        if self._stage.config.mixture.packing == "best_fit":
+            # Eight numbers of rows at most, for each of which a step is compiled.
+            batch = packed(batch, multiple=-(-size // (8 * programs.shards)) * programs.shards)
+        share = len(batch["inputs"]) // programs.host.count
+        own = slice(programs.host.index * share, (programs.host.index + 1) * share)
+        return {name: rows[own] for name, rows in batch.items()}
 
     def close(self) -> None:
         self._stack.close()

@@ -196,20 +196,26 @@ CONSTRAINTS: dict[str, Callable[..., bool]] = {
 }
 
 
-def follows(text: str, constraint: str, arguments: Mapping[str, Any]) -> bool:
+def follows(
+    text: str,
+    constraint: str,
+    arguments: Mapping[str, Any],
+    constraints: Mapping[str, Callable[..., bool]] = CONSTRAINTS,
+) -> bool:
     """Whether a text meets a constraint; an empty one meets none.
 
     Args:
-        arguments: as IFEval's data names them; None is as good as absent.
+        arguments: as the data name them; None is as good as absent.
+        constraints: those that there are.
 
     Raises:
         UserError: there is no such constraint, or it has other arguments.
     """
-    if constraint not in CONSTRAINTS:
-        raise UserError(f"IFEval has no constraint {constraint!r}; it has {', '.join(CONSTRAINTS)}")
+    if constraint not in constraints:
+        raise UserError(f"there is no constraint {constraint!r}; there are {', '.join(constraints)}")
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        return bool(text.strip()) and CONSTRAINTS[constraint](text, **given)
+        return bool(text.strip()) and constraints[constraint](text, **given)
     except TypeError as error:
         raise UserError(f"constraint {constraint} with arguments {given}: {error}") from None
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.answers import final_part
-from lightning_jax.rewards.ifeval import is_json, language_of, placeholders, require_langdetect, sentences, titles
+from lightning_jax.rewards.ifeval import (
+    follows,
+    is_json,
+    language_of,
+    placeholders,
+    require_langdetect,
+    sentences,
+    titles,
+)
 from lightning_jax.rewards.reward import Completion, Reward, required
 
 
@@ -107,12 +115,5 @@ class Tulu3IFEvalReward:
         truth = required(completion, "ground_truth")
         constraint = dict(json.loads(truth) if isinstance(truth, str) else truth)
         name = constraint.pop("func_name", None)
-        if name not in FUNCTIONS:
-            raise UserError(f"ground_truth with func_name={name!r}; there are {', '.join(FUNCTIONS)}")
-        given = {argument: value for argument, value in constraint.items() if value is not None}
-        text = final_part(completion.text)
-        try:
-            met = bool(text) and FUNCTIONS[name](text, **given)
-        except TypeError as error:
-            raise UserError(f"{name} with arguments {given}: {error}") from None
+        met = follows(final_part(completion.text), name, constraint, FUNCTIONS)
         return Reward(float(met), f"{'meets' if met else 'misses'} {name}")

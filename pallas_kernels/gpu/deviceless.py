@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU on a machine without one, and reads what the compiler says they need.
 
-Needs jax-cuda13-plugin and jax-cuda13-pjrt in jax's version, without their CUDA libraries, and the program ptxas (of a
-CUDA toolkit, or the package nvidia-cuda-nvcc). It cannot run anything.
+Needs jax-cuda13-plugin and jax-cuda13-pjrt in jax's version, without their CUDA libraries, and the program ptxas, of a
+CUDA toolkit or of the package nvidia-cuda-nvcc. It cannot run anything.
 """
 
 import collections
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -69,12 +70,10 @@ def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200
     A kernel that occurs twice is listed once. One that this process compiled before is listed as it was then.
 
     Raises:
-      RuntimeError: the plugin is not installed, or a kernel does not compile.
+      RuntimeError: something is not installed (see `missing`), or a kernel does not compile.
     """
-    if importlib.util.find_spec(PLUGIN) is None:
-        raise RuntimeError(
-            f"compiling for a GPU needs {PLUGIN}: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
-        )
+    if missing():
+        raise RuntimeError(f"compiling for a GPU needs {missing()}")
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target], topology="1x1x1")
     on_device = SingleDeviceSharding(topology.devices[0])
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
@@ -88,6 +87,17 @@ def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200
         pairs = zip(reports[name], estimates[name], strict=False)
         _compiled[name] = sorted({_read(name, *pair) for pair in pairs})
     return [kernel for name in sorted(estimates) for kernel in _compiled[name]]
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile for a GPU, and how to install it; None if it lacks nothing."""
+    if importlib.util.find_spec(PLUGIN) is None:
+        return f"{PLUGIN}: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
+    nvidia = importlib.util.find_spec("nvidia")
+    packages = [f"{folder}/cu13/bin" for folder in nvidia.submodule_search_locations] if nvidia else []
+    if shutil.which("ptxas", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *packages])) is None:
+        return "ptxas: pip install nvidia-cuda-nvcc"
+    return None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import kernel_benchmark
 import kernel_numerics
 import kernel_report
 import kernel_sides
@@ -41,6 +42,16 @@ def test_an_implementation_that_ends_processes_is_given_up(worker):
         assert benchmark._ask(worker, do="end", implementation="broken") is None
     assert len(benchmark.record["failures"]) == 2
     assert benchmark._ask(worker, do="process", implementation="sound")
+
+
+def test_a_search_for_races_that_cannot_start_is_on_record(monkeypatch):
+    monkeypatch.setattr(kernel_benchmark, "SEARCH_FOR_RACES", ["-m", "no_such_module"])
+    benchmark = Benchmark(None, None, None, deadline=time.monotonic() + 60)
+    benchmark._search_for_races()
+    assert benchmark.record["races"] == []
+    (failure,) = benchmark.record["failures"]
+    assert failure.startswith("the search for races: ")
+    assert failure.endswith("No module named no_such_module")
 
 
 @pytest.mark.parametrize("dtype", kernel_numerics.LIMITS)
@@ -113,7 +124,10 @@ def record():
         "same_function": [{"implementation": "fla chunk", "beside": "pallas_gpu", "error": 0.003}],
         "same_bits": [{"implementation": "pallas_gpu", "case": Case(1, 64, 128, 8192)._asdict(), "same": False}],
         "races": ["8 passed"],
-        "gpu": [],
+        "gpu": [
+            {"case": Case(1, 64, 128, 8192)._asdict(), "name": "lightning_attention_sweep", "registers": 208}
+            | {"spill_stores": 0, "spill_loads": 0, "shared_memory": 215_040}
+        ],
         "tpu": [],
         "failures": ["time fla: out of memory"],
         "left_out": [],
@@ -134,6 +148,7 @@ def test_the_table_says_what_was_found(tmp_path):
     assert any("2.5 (dq) | 2 | **beyond**" in line for line in lines)
     assert any("**different bits**" in line for line in lines)
     assert "- time fla: out of memory" in lines
+    assert "| 1 | 64 | 128 | 8,192 | lightning_attention_sweep | 208 | 0 / 0 | 215,040 | 111.8 | memory | 1 |" in lines
     kernel_report.plot(record(), tmp_path / "kernels.png")
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
 

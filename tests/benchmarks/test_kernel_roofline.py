@@ -1,7 +1,7 @@
 """The floors of attention against numbers computed by hand."""
 
 import pytest
-from kernel_roofline import Case, Rates, floor, lightning, softmax, work
+from kernel_roofline import Case, Rates, floor, lightning, of_gpu_kernel, softmax, work
 
 H200 = Rates(operations=790e12, bytes=4.3e12)
 LAYER = Case(batch=1, heads=64, dim=128, length=8192)  # 524,288 tokens of heads
@@ -33,6 +33,16 @@ def test_the_floor_is_the_memory_where_heads_are_128_wide(length, forward, backw
 def test_the_floor_is_the_arithmetic_where_it_takes_longer():
     slow = Rates(operations=79e12, bytes=4.3e12)
     assert floor(LAYER, "forward", 2, slow) == pytest.approx(524_288 * 98_304 / 79e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "operations", "numbers"),
+    [("sweep", 98_304, 512), ("reverse_sweep", 98_304, 512), ("dk_dv", 163_840, 768), ("reverse_states", 32_768, 256)],
+)
+def test_gpu_kernels_by_hand(name, operations, numbers):
+    """A sweep is a forward. dK and dV: Aᵀ, dAᵀ and a product with each, two with dS, and what is added to dS."""
+    needed = of_gpu_kernel(f"lightning_attention_{name}", LAYER)
+    assert needed == (524_288 * operations, 524_288 * 2 * numbers)
 
 
 def test_each_implementation_is_counted_as_what_it_computes():

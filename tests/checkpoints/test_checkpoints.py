@@ -84,6 +84,18 @@ def test_a_checkpoint_restores_onto_any_mesh_and_number_of_devices(tmp_path, sav
             assert restored["keys"].sharding.is_equivalent_to(keys, 1)
 
 
+@pytest.mark.parametrize(("saved", "restored"), [("device", "pinned_host"), ("pinned_host", "device")])
+def test_arrays_in_the_hosts_memory_are_saved_and_restored_as_others(tmp_path, saved, restored):
+    mesh = jax.make_mesh((4,), ("a",), devices=jax.devices()[:4])
+    places = {kind: jax.NamedSharding(mesh, jax.P("a"), memory_kind=kind) for kind in ("device", "pinned_host")}
+    state = jax.device_put(arrays(1), places[saved])
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        assert checkpoints.save(1, state, {}, wait=True)
+        found = checkpoints.restore(abstract(state, places[restored])).state
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)} == {restored}
+    assert_same_bits(found, state)
+
+
 def test_moving_from_one_device_to_eight_and_to_two_keeps_every_bit(tmp_path):
     state = arrays(7)
     for step, name in enumerate(["1 device", "8 by rows", "2 x 4", "2 replicas"]):

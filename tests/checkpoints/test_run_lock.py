@@ -11,11 +11,9 @@ HOLD = """
 import os, sys, time
 from lightning_jax.checkpoints import run_lock
 with run_lock(sys.argv[1]):
-    if "fork" in sys.argv and os.fork() == 0:
+    if "fork" not in sys.argv or os.fork() == 0:  # a child speaks when it has let go of the lock
+        print("held", flush=True)
         os.close(1)
-        time.sleep(30)
-        os._exit(0)
-    print("held", flush=True)
     time.sleep(30)
 """
 

@@ -257,6 +257,33 @@ def test_tulu_3_as_published():
         assert {s.optimizer.clip_norm for s in config.stages.values() if not s.reinforcement} == {0.0}
     reward = load("tulu3:8b").stages["reward_model"]
     assert (reward.schedule.peak, reward.optimizer.epsilon, reward.batch_size.tokens) == (3e-6, 1e-5, (256 * 4096,))
+    assert (reward.passes.count, reward.passes.warmup_share) == (1, 0)
+    assert [load(f"tulu3:{size}").seed for size in ("8b", "70b")] == [123, 456]
+
+
+@pytest.mark.parametrize(
+    ("name", "sft", "half_way", "near_end"),
+    [
+        ("135m", 1e-3, 0.5, 0.0076),
+        ("360m", 1e-3, 0.5, 0.0076),
+        ("1.7b", 3e-4, 0.5, 0.0076),
+        ("135m,seed", 3e-4, 1.0, 0.5),
+        ("1.7b,seed", 3e-4, 1.0, 0.5),
+    ],
+)
+def test_smollm2_post_training_as_published(name, sft, half_way, near_end):
+    """A cosine, or in the summary a rate that is held and falls over the last tenth."""
+    config = with_lengths(dataclasses.replace(load(f"smollm2:{name}"), run_stages=("sft", "dpo")), lambda _: 64_000)
+    for stage, peak, rows, length in zip(
+        plan_stages(config), (sft, 1e-6), (8192, 2 * 1024), ("best_fit", "one_per_row"), strict=True
+    ):
+        assert stage.config.passes.count == 2
+        assert (stage.config.context_length, stage.config.mixture.packing) == (rows, length)
+        assert (stage.batch_sizes.num_steps, stage.batch_sizes.rows(0)) == (1000, 128)
+        rate = learning_rate(stage.config.schedule, 1000)
+        shares = [float(rate(step)) / peak for step in (0, 100, 550, 950)]
+        assert shares == pytest.approx([0, 1, half_way, near_end], abs=1e-4)
+    assert dataclasses.astuple(config.stages["dpo"].preference) == ("dpo", 0.5, "cached")
 
 
 def test_text_01_post_training_as_published():

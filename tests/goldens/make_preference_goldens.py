@@ -1,9 +1,10 @@
 """Losses and gradients of preference tuning, reward models and fine-tuning as the field's own trainers compute them.
 
-    python tests/goldens/make_preference_goldens.py --open_instruct=dpo_utils.py --openrlhf=loss.py
+    python tests/goldens/make_preference_goldens.py --open_instruct=open_instruct --openrlhf=openrlhf/models
 
-with trl 1.16.0, torch 2.13 and transformers 5.23.0 installed, and two files of repositories that are no packages:
-open_instruct/dpo_utils.py of allenai/open-instruct at e6c3044a, openrlhf/models/loss.py of OpenRLHF at 3c3be623.
+with trl 1.16.0, torch 2.13 and transformers 5.23.0 installed, and files of repositories that are no packages: of
+allenai/open-instruct at e6c3044a dpo_utils.py, of OpenRLHF at 3c3be623 loss.py and utils.py in these folders. The sum
+loss that open-instruct had before its commit bb98dbca was no function: torch's own, as that script called it.
 
 writes preference.npz: four pairs, the chosen chats and then the rejected ones, as `ids` [2N, L], `length` [2N],
 `mask` [2N, L] (the answer's tokens), `logits` [2N, L, V] float64, `reference` [2N] (log-probability of the answer);
@@ -14,24 +15,26 @@ import argparse
 import ast
 import pathlib
 import types
+import typing
 from collections import defaultdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 
 N, L, V = 4, 12, 7
 
 
-def definitions(path: pathlib.Path, *names: str) -> types.SimpleNamespace:
-    """Single functions and classes of a file whose other imports are not needed."""
+def definitions(path: pathlib.Path, *names: str, **given: object) -> types.SimpleNamespace:
+    """Single functions and classes of a file whose other imports are not needed, but for what is given."""
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
     assert len(tree.body) == len(names)
-    scope = {"torch": torch, "F": F, "nn": nn, "Tuple": tuple}
+    scope = {"torch": torch, "F": F, "nn": nn, "Tuple": tuple, "Optional": typing.Optional} | given
     exec(compile(tree, str(path), "exec"), scope)
     return types.SimpleNamespace(**{name: scope[name] for name in names})
 
@@ -71,8 +74,10 @@ def main() -> None:
     parser.add_argument("--open_instruct", type=pathlib.Path, required=True)
     parser.add_argument("--openrlhf", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    open_instruct = definitions(options.open_instruct, "dpo_loss", "_get_batch_logps")
-    openrlhf = definitions(options.openrlhf, "DPOLoss", "PairWiseLoss")
+    open_instruct = definitions(options.open_instruct / "dpo_utils.py", "dpo_loss", "_get_batch_logps")
+    masked_mean = definitions(options.openrlhf / "utils.py", "masked_mean").masked_mean
+    names = ("aggregate_loss", "SFTLoss", "DPOLoss", "PairWiseLoss")
+    openrlhf = definitions(options.openrlhf / "loss.py", *names, masked_mean=masked_mean)
     arrays = inputs()
     given = {name: torch.tensor(value) for name, value in arrays.items()}
     ids, mask, reference = given["ids"], given["mask"], given["reference"]
@@ -144,6 +149,12 @@ def main() -> None:
         x = logits()
         loss = F.cross_entropy(x[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1), reduction=reduction) / divisor
         record(f"torch/{name}", x, loss)
+    # TRL's trainer takes transformers' loss, each of two micro-batches with the number of targets in both.
+    x = logits()
+    halves = zip(x.chunk(2), labels.chunk(2), strict=True)
+    record("trl/token_mean", x, sum(ForCausalLMLoss(*half, V, num_items_in_batch=lengths.sum()) for half in halves))
+    x = logits()
+    record("openrlhf/token_mean", x, openrlhf.SFTLoss()(per_token(x), mask[:, 1:]))
     np.savez_compressed(pathlib.Path(__file__).parent / "preference.npz", **arrays)
 
 

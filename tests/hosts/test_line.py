@@ -219,6 +219,46 @@ def test_hosts_that_are_done_may_leave_one_after_the_other(hosts, ended, monkeyp
     assert not ended
 
 
+def test_host_0_may_be_gone_while_others_are_still_ending(hosts, ended, monkeypatch):
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: None)
+    others_leave = threading.Event()
+
+    def leave(host):
+        with host:
+            pass
+        if host.index == 0:  # the process ends, and so does the hub in it
+            hub = host._hub
+            for connected in list(hub._hosts.values()):
+                hub._loop.call_soon_threadsafe(connected.writer.close)
+            wait_for(lambda: not hub._hosts)
+            others_leave.set()
+        assert others_leave.wait(20)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(leave, hosts))
+    time.sleep(0.2)
+    assert not ended
+
+
+def test_a_host_that_is_gone_before_it_is_done_is_named_to_those_that_are(hosts, ended, monkeypatch):
+    shut_down = []
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: shut_down.append(True))
+
+    def leave(host):
+        with host:
+            pass
+
+    with ThreadPoolExecutor(2) as pool:
+        for host in hosts[:2]:
+            pool.submit(leave, host)
+        cut_off(hosts[2])
+        wait_for(lambda: len(ended) == 3)
+        assert not shut_down
+        for host in hosts[:2]:  # of which only a thread has ended here
+            host._line._over.set()
+    assert ended.count(("host 2 (c) is gone: it was killed, or its machine failed", RESTART, False)) == 2
+
+
 def test_hosts_that_share_a_folder_see_it_and_the_one_that_does_not_is_named(hosts, ended, monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_jax.hosts.shared_folder._WAIT_S", 0.3)
 

@@ -36,6 +36,7 @@ SETTINGS = {
     "metrics__sample_tokens": 0,
     "checkpoints__every_steps": 2,
 }
+SLOWLY = {"WAIT": "1"}  # so that a run is not done before it is disturbed
 TRAIN = str(tiny_run.REPOSITORY / "tests" / "recorded_train.py")
 HERE = socket.gethostname()
 
@@ -119,7 +120,7 @@ def batches(folder: pathlib.Path, name: str) -> dict[int, list[str]]:
 
 
 def test_a_host_that_is_killed_is_named_by_the_others_and_the_resumed_run_has_the_same_bits(folder):
-    with hosts(folder, "killed", 2) as processes:
+    with hosts(folder, "killed", 2, environment=SLOWLY) as processes:
         wait_for_steps(folder / "killed", 4, processes)
         killed_at = time.monotonic()
         processes[0].kill()  # the one that the others talk to
@@ -138,14 +139,14 @@ def test_a_host_that_is_killed_is_named_by_the_others_and_the_resumed_run_has_th
 
 def test_four_hosts_become_two_and_then_one_with_the_same_data_and_losses(folder):
     run = folder / "elastic"
-    with hosts(folder, "elastic", 4) as processes:
+    with hosts(folder, "elastic", 4, environment=SLOWLY) as processes:
         wait_for_steps(run, 2, processes)
         processes[2].kill()
         codes, said = ends(processes)
     assert codes == [RESTART, RESTART, -signal.SIGKILL, RESTART], said
     for index in (0, 1, 3):
         assert f"error: host 2 ({HERE}) is gone: it was killed, or its machine failed" in said[index]
-    with hosts(folder, "elastic", 2) as processes:
+    with hosts(folder, "elastic", 2, environment=SLOWLY) as processes:
         wait_for_steps(run, 6, processes)
         processes[1].send_signal(signal.SIGTERM)  # to one of them alone
         codes, said = ends(processes)

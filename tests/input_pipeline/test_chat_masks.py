@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from lightning_jax.input_pipeline.chat_masks import ChatEncoder
+from lightning_jax.input_pipeline.chat_masks import ChatEncoder, end_of_turn
 from lightning_jax.input_pipeline.chat_templates import TEMPLATES
-from lightning_jax.input_pipeline.config import TokenizerConfig
+from lightning_jax.input_pipeline.config import DataConfig, TokenizerConfig
 from lightning_jax.input_pipeline.readers import Problem
 from lightning_jax.input_pipeline.tokenizers import ByteTokenizer, FileTokenizer
 
@@ -54,6 +54,13 @@ def test_every_answer_is_trained_up_to_its_end_token_and_nothing_else(name):
     turns = np.split(np.flatnonzero(chat.trained), np.flatnonzero(np.diff(np.flatnonzero(chat.trained)) > 1) + 1)
     assert [TOKENIZER.decode(chat.ids[turn]) for turn in turns] == ["first", "second"]
     assert [chat.ids[turn[-1]] for turn in turns] == [end, end]
+
+
+@pytest.mark.parametrize(("name", "end"), [*((name, END_OF_TURN[name]) for name in TEMPLATES), ("", None)])
+def test_the_token_that_ends_a_turn_is_found(name, end):
+    tokenizer = TokenizerConfig(kind="bytes", path="", vocab_size=300, bos="<s>", eos="</s>")
+    config = DataConfig({}, tokenizer, "", 0.0, "skip", 1000, chat_template=name)
+    assert end_of_turn(config, TOKENIZER) == (end and TOKENIZER.special_tokens[end])
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr"])

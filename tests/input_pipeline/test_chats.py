@@ -65,6 +65,7 @@ def text(store, document, trained=False):
             "wrong type: 'messages[0].content' is a int, not text",
         ),
         ({"messages": [ASK]}, "conversations", "nothing to train on: 'messages' has no message of the assistant"),
+        ({"messages": [ASK, {"role": "gpt", "content": "so"}]}, "conversations", "assistant; its roles: user, gpt"),
         ({"chosen": CHAT}, "preferences", "missing field: no field 'rejected'; there are chosen"),
         ({"chosen": CHAT, "rejected": [ASK]}, "preferences", "'rejected' has no message of the assistant"),
         ({"chosen": "a", "rejected": "b"}, "preferences", "missing field: no field 'prompt'"),

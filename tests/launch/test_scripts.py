@@ -87,6 +87,19 @@ def test_a_tpu_slice_is_asked_for_installed_and_trained_on(stand_in):
     assert "pkill -TERM" in said
 
 
+def test_several_tpu_slices_are_one_run(stand_in):
+    calls = stand_in(gcloud='case "$*" in *describe*) echo ACTIVE ;; esac')
+    place = {"NAME": "m1", "ZONE": "z", "TYPE": "v6e-256", "VERSION": "v2-alpha-tpuv6e", "SLICES": "2"}
+    for arguments in (["create"], ["train", "--config=c.py:8b"], ["log"]):
+        done = run("tpu.sh", *arguments, **place)
+        assert done.returncode == 0, done.stderr
+    said = " ".join(calls.read_text().split())
+    assert "queued-resources create m1 --node-prefix=m1 --node-count=2 --zone=z" in said
+    for slice_ in ("m1-0", "m1-1"):
+        assert f"ssh {slice_} --zone=z --worker=all --command=cd lightning_jax && . launch/xla_flags.sh" in said
+    assert "ssh m1-0 --zone=z --worker=0 --command=tail" in said
+
+
 def test_a_tpu_slice_that_is_not_to_be_had_ends_the_wait(stand_in):
     stand_in(gcloud='case "$*" in *describe*) echo FAILED ;; esac')
     done = run("tpu.sh", "create", NAME="m1", ZONE="z", TYPE="v6e-8", VERSION="v2-alpha-tpuv6e")

@@ -116,6 +116,28 @@ def test_report_holds_the_numbers(tmp_path):
     ]  # fmt: skip
 
 
+def test_report_of_reinforcement_learning_shows_what_it_learns_from_and_how_fast(tmp_path):
+    measured = {"reward": 0.5, "equal_reward_groups": 0.25, "completion_tokens": 30.0, "probability_correlation": 0.999}
+    rates = {f"{part}_tokens_per_second": 100.0 for part in ("generated", "rewarded", "scored")}
+    with MetricsWriter(tmp_path, resume_step=None, tensorboard=False) as writer:
+        for step in range(1, 4):
+            writer.write(step, measured, rates)
+            writer.write(step, {"loss": 0.1, "kl": 0.01, "entropy": 1.0, "clip_share": 0.0}, {"tokens_per_second": 9.0})
+            writer.sample(step, stage="rl", prompt="1 + 1", text="2", reward=1.0, reason="equal", advantage=0.7)
+    page = write_report(tmp_path).read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    expected = {"Reward", "Length of completions", "Entropy", "Clipped tokens", "Prompts that teach nothing"}
+    expected |= {
+        "Divergence from the reference",
+        "Agreement of rollouts and trainer",
+        "Speed of rollouts, rewards and updates",
+    }
+    assert expected <= set(headings)
+    assert "reward 1 (equal), advantage 0.7" in page
+    for part in ("generation", "reward", "scoring by the trainer", "update"):
+        assert part in page
+
+
 def spaced(folder):
     """The page's text with a space where a tag was."""
     page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())

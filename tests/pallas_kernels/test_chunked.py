@@ -4,6 +4,7 @@ import itertools
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -205,6 +206,18 @@ def test_shard_map_equals_one_device(implementation):
     expected = gradients(lambda q, k, v: attention(q, k, v, log_decay, segment_ids=ids))
     for x, y in zip(gradients(lambda q, k, v: sharded(q, k, v, log_decay, ids)), expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
+
+
+def test_the_exported_forward_gives_the_same_bits():
+    case = random_case(70, borders=3)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (case.q, case.k, case.v))
+
+    @jax.jit
+    def forward(q, k, v, ids):
+        return lightning_attention(q, k, v, case.log_decay, segment_ids=ids)
+
+    exported = jax.export.export(forward)(q, k, v, case.segment_ids)
+    np.testing.assert_array_equal(exported.call(q, k, v, case.segment_ids), forward(q, k, v, case.segment_ids))
 
 
 def test_memory_of_forward_and_backward_is_linear_in_length():

@@ -1,8 +1,6 @@
 """The GPU kernels are lowered in every transformation, and compile for an H200, on a machine without a GPU."""
 
-import importlib.util
 import itertools
-import shutil
 
 import jax
 import jax.export
@@ -11,18 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import lightning_attention
+from pallas_kernels import lightning_attention, sequence_parallel_lightning_attention
 from pallas_kernels.gpu.plans import HEAD_DIMS, OLDEST_JAX, choose_plans
 
 if jax.__version_info__[:2] < OLDEST_JAX:
     pytest.skip("the GPU kernels need jax 0.11 or newer", allow_module_level=True)
 
 from pallas_kernels.gpu.attention import lightning_attention_by_plans
-from pallas_kernels.gpu.deviceless import PLUGIN, resources
+from pallas_kernels.gpu.deviceless import missing, resources
 
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec(PLUGIN) is None or shutil.which("ptxas") is None,
-    reason="needs the compiler for GPUs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, and ptxas",
+needs_compiler = pytest.mark.skipif(
+    missing() is not None, reason="needs the compiler for GPUs: pip install -e .[gpu-compile]"
 )
 
 # The cache of compiled programs cannot be read without a device to load them on.
@@ -30,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 
 # Bytes per thread that the compiler keeps in memory for want of registers, at most, by head dim, end of the kernel's
 # name and whether there are documents; none where nothing is said. The README has the table.
-SPILLS = {(96, "dk_dv", True): 24, (128, "dk_dv", True): 52, (256, "sweep", True): 8}
+SPILLS = {(96, "dk_dv", True): 24, (128, "dk_dv", True): 52, (128, "sweep", True): 8, (256, "sweep", True): 8}
 
 
 def arrays(batch, length, heads, dim, documents):
@@ -64,7 +61,7 @@ def gradients_by(plans):
 CASES = [*itertools.product(HEAD_DIMS, (4, 160), (True,)), *itertools.product(HEAD_DIMS, (160,), (False,))]
 
 
-@needs_plugin
+@needs_compiler
 @pytest.mark.parametrize(
     ("dim", "heads", "documents"),
     [pytest.param(*case, marks=() if case == (128, 4, True) else pytest.mark.slow) for case in CASES],
@@ -85,7 +82,7 @@ def test_every_plan_compiles_without_spills_but_those_stated(dim, heads, documen
         assert kernel.shared_memory <= 232448 - 1024, kernel
 
 
-@needs_plugin
+@needs_compiler
 @pytest.mark.parametrize("length", [1, 8, 63, 1001])
 def test_every_length_compiles(length):
     def forward(q, k, v, log_decay, ids, state):
@@ -123,6 +120,21 @@ def test_shard_map_checks_what_varies_over_the_mesh():
         mesh=Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")),
         in_specs=(by_head, by_head, by_head, PartitionSpec("tensor"), PartitionSpec("data")),
         out_specs=by_head,
+    )
+    gradients = jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    assert "mosaic_gpu" in lower(gradients, q, k, v, log_decay, ids)
+
+
+def test_a_sequence_over_devices_is_lowered():
+    q, k, v, log_decay, ids, _ = arrays(2, 8 * 100, 4, 64, documents=True)
+    pieces = PartitionSpec(None, "sequence")
+    sharded = jax.shard_map(
+        lambda q, k, v, log_decay, ids: sequence_parallel_lightning_attention(
+            q, k, v, log_decay, axis_name="sequence", segment_ids=ids, implementation="pallas_gpu"
+        ),
+        mesh=Mesh(np.array(jax.devices()), ("sequence",)),
+        in_specs=(pieces, pieces, pieces, PartitionSpec(), pieces),
+        out_specs=pieces,
     )
     gradients = jax.grad(lambda *x: sharded(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     assert "mosaic_gpu" in lower(gradients, q, k, v, log_decay, ids)

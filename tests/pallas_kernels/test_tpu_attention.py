@@ -64,9 +64,12 @@ def test_every_head_dim_equals_the_recurrence(key_dim, heads, sizes, monkeypatch
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("borders", [pytest.param(None, marks=pytest.mark.slow), 3])
-def test_bf16_costs_no_more_than_twice_the_rounding_of_its_result(borders):
-    case = random_case(500, batch=1, key_dim=64, value_dim=64, borders=borders)
+@pytest.mark.parametrize(
+    ("dim", "borders"),
+    [(64, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((64, None), (96, 3), (128, None), (256, 3)))],
+)
+def test_bf16_costs_no_more_than_twice_the_rounding_of_its_result(dim, borders):
+    case = random_case(300, batch=1, key_dim=dim, value_dim=dim, borders=borders)
     assert_bf16_costs_only_rounding(case, implementation="pallas_tpu", chunk_size=64)
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.tpu.block_sizes import HEAD_DIMS, choose_block_sizes
 from pallas_kernels.tpu.deviceless import TOPOLOGIES, compile_for, vmem_of_kernels
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install -e .[tpu-compile]"
 )
 # The cache of compiled programs cannot be read without a device to load them on.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")

@@ -14,8 +14,9 @@ from lightning_jax.models import Operators
 from lightning_jax.models.experts import ExpertWeights
 
 ONE_DEVICE = (1, 1, 1, 1)
-# data x fsdp x expert x tensor
+# data x fsdp x expert x tensor x sequence x expert_tensor
 FAST_LAYOUT = (1, 2, 2, 2)
+EXPERT_TENSOR_LAYOUT = (1, 1, 2, 2, 1, 2)
 LAYOUTS = [
     (8, 1, 1, 1),
     (1, 8, 1, 1),
@@ -25,6 +26,8 @@ LAYOUTS = [
     (2, 1, 2, 2),
     (1, 4, 1, 2),
     (1, 1, 4, 2),
+    (2, 1, 1, 1, 1, 4),
+    (1, 1, 2, 1, 2, 2),
 ]
 SLOW_LAYOUTS = [pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS]
 
@@ -38,14 +41,15 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(actual.gradients[name], gradient, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", [FAST_LAYOUT, *SLOW_LAYOUTS])
+@pytest.mark.parametrize("layout", [FAST_LAYOUT, EXPERT_TENSOR_LAYOUT, *SLOW_LAYOUTS])
 def test_packed_batch_on_every_layout_equals_its_documents_alone_on_one_device(layout):
     alone = loss_and_gradients(ONE_DEVICE, "auto", "float64", packed=False)
     assert_same(loss_and_gradients(layout, "auto", "float64"), alone, 1e-10)
 
 
 @pytest.mark.parametrize(
-    "layout", [(2, 1, 2, 2), *SLOW_LAYOUTS[:5:2], pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)]
+    "layout",
+    [(2, 1, 2, 2), EXPERT_TENSOR_LAYOUT, *SLOW_LAYOUTS[:5:2], pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)],
 )
 def test_capacity_drops_and_computes_the_same_on_every_layout(layout):
     one_device = loss_and_gradients(ONE_DEVICE, "capacity", "float64")

@@ -13,16 +13,17 @@ from lightning_jax.parallel.mesh import arrange, resolve
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((8, 1, 1, 1, 1), (8, 1, 1, 1, 1)),
-        ((-1, 2, 2, 1, 1), (2, 2, 2, 1, 1)),
-        ((1, -1, 1, 1, 2), (1, 4, 1, 1, 2)),
-        ((2, 1, 1, -1, 2), (2, 1, 1, 2, 2)),
-        ((2, 2, 2, 1, -1), (2, 2, 2, 1, 1)),
+        ({"data": 8}, (8, 1, 1, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1, 1)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 1, 1, 1, 2)),
+        ({"data": 2, "sequence": -1, "tensor": 2}, (2, 1, 1, 1, 2, 2)),
+        ({"expert": 2, "expert_tensor": -1, "tensor": 2}, (1, 1, 2, 2, 1, 2)),
+        ({"data": 2, "fsdp": 2, "expert": 2, "tensor": -1}, (2, 2, 2, 1, 1, 1)),
     ],
 )
 def test_minus_one_takes_the_devices_left_over(sizes, expected):
-    mesh = make_mesh(MeshConfig(*sizes, "ring"))
-    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
+    mesh = make_mesh(MeshConfig.of(**sizes))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "expert_tensor", "sequence", "tensor")
     assert tuple(mesh.shape.values()) == expected
 
 
@@ -34,37 +35,35 @@ def test_mesh_of_some_devices():
     ("sizes", "message"),
     [
         (
-            (3, 2, 1, 1, 1),
-            "mesh: data=3 x fsdp=2 x expert=1 x sequence=1 x tensor=1 needs 6 devices, 8 were found; use data=-1",
+            {"data": 3, "fsdp": 2},
+            "mesh: data=3 x fsdp=2 needs 6 devices, 8 were found; use data=-1",
         ),
         (
-            (2, 3, 1, 1, 1),
-            "mesh: data=2 x fsdp=3 x expert=1 x sequence=1 x tensor=1 needs 6 devices, 8 were found; use fsdp=-1",
+            {"data": 2, "fsdp": 3},
+            "mesh: data=2 x fsdp=3 needs 6 devices, 8 were found; use fsdp=-1",
         ),
         (
-            (1, 1, 1, 1, 1),
-            "mesh: data=1 x fsdp=1 x expert=1 x sequence=1 x tensor=1 needs 1 device, 8 were found; use fsdp=-1",
+            {},
+            "mesh: 1 on every axis needs 1 device, 8 were found; use fsdp=-1",
         ),
         (
-            (3, -1, 1, 1, 1),
-            "mesh: data=3 x fsdp=-1 x expert=1 x sequence=1 x tensor=1 needs a multiple of 3 devices, "
-            "8 were found; use data=1",
+            {"data": 3, "fsdp": -1},
+            "mesh: data=3 x fsdp=-1 needs a multiple of 3 devices, 8 were found; use data=1",
         ),
         (
-            (3, 5, 1, 1, 1),
-            "mesh: data=3 x fsdp=5 x expert=1 x sequence=1 x tensor=1 needs 15 devices, 8 were found; "
-            "use fsdp=-1 and 1 for the others",
+            {"data": 3, "fsdp": 5},
+            "mesh: data=3 x fsdp=5 needs 15 devices, 8 were found; use fsdp=-1 and 1 for the others",
         ),
         (
-            (0, 1, 1, 1, 1),
+            {"data": 0},
             "mesh.data: 0 devices cannot serve an axis; give 1 or more, or -1 for all that are left over",
         ),
-        ((1, -1, -1, 1, 1), "mesh.expert: fsdp takes all devices left over already; give a size"),
+        ({"fsdp": -1, "expert": -1}, "mesh.expert: fsdp takes all devices left over already; give a size"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_one_line_with_what_would(sizes, message):
     with pytest.raises(MeshError) as error:
-        resolve(MeshConfig(*sizes, "ring"), 8)
+        resolve(MeshConfig.of(**sizes), 8)
     assert str(error.value) == message
 
 

@@ -81,8 +81,12 @@ def documents_alone(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return batch | {"segment_ids": (batch["segment_ids"] > 0).astype(np.int32)}
 
 
-def mesh(data: int, fsdp: int, expert: int, tensor: int, sequence: int = 1) -> jax.sharding.Mesh:
-    sizes = parallel.MeshConfig.of(data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+def mesh(
+    data: int, fsdp: int, expert: int, tensor: int, sequence: int = 1, expert_tensor: int = 1
+) -> jax.sharding.Mesh:
+    sizes = parallel.MeshConfig.of(
+        data=data, fsdp=fsdp, expert=expert, expert_tensor=expert_tensor, sequence=sequence, tensor=tensor
+    )
     return parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.sizes().values())])
 
 
@@ -107,12 +111,22 @@ class Result(NamedTuple):
 
 @functools.cache
 def loss_and_gradients(
-    layout: tuple[int, ...], dispatch: str, dtype: str, *, packed: bool = True, sequence_attention: str = "ring"
+    layout: tuple[int, ...],
+    dispatch: str,
+    dtype: str,
+    *,
+    packed: bool = True,
+    sequence_attention: str = "ring",
+    gradient_dtype: str = "compute",
 ) -> Result:
-    """Loss and gradients of the batch on a layout (data, fsdp, expert, tensor, sequence), from the same parameters."""
+    """Loss and gradients of the batch from the same parameters.
+
+    Args:
+        layout: data, fsdp, expert, tensor, and if not 1 sequence, expert_tensor.
+    """
     with jax.enable_x64(dtype == "float64"):
         model_config, on_mesh = config(dispatch, dtype), mesh(*layout)
-        operators = parallel.operators(on_mesh, model_config, sequence_attention)
+        operators = parallel.operators(on_mesh, model_config, sequence_attention, gradient_dtype)
         model = nnx.eval_shape(lambda: HybridLM(model_config, rngs=nnx.Rngs(0), operators=operators))
         graphdef, objective = nnx.graphdef(model), NextToken(model_config)
         params = jax.device_put(parameters(dtype), parallel.shardings(parameters(dtype), on_mesh))
@@ -130,9 +144,12 @@ def loss_and_gradients(
 
 
 def collectives(program: str) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes that each kind of collective of a compiled program produces."""
+    """The shapes that each kind of collective of a compiled program produces, where it has more than one device."""
     shapes = collections.defaultdict(list)
-    for results, kind in re.findall(rf"= (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
+    operation = rf"= (\S+|\([^=]*?\)) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)"
+    for results, kind, rest in re.findall(operation, program):
+        if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", rest):
+            continue
         for dimensions in re.findall(r"\w+\[([\d,]*)\]", results):
             shapes[kind].append(tuple(int(size) for size in dimensions.split(",") if size))
     return dict(shapes)

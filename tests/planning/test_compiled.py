@@ -16,10 +16,11 @@ from lightning_jax.planning.estimate import estimate
 from lightning_jax.planning.hardware import parse_slice
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install -e .[tpu-compile]"
 )
 needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin: pip install jax-cuda13-plugin"
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the compiler for GPUs: pip install -e .[gpu-compile]",
 )
 
 

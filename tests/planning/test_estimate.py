@@ -56,7 +56,7 @@ def test_goldens_are_what_the_compiler_says(name):
 def test_weights_moments_and_gradients_of_456b_on_512_chips_are_its_parameters_by_512():
     config = load_config("configs/minimax_m1.py:456b")
     plan = estimate(config, plan_stages(config)[0], parse_slice("v5p:8x8x8"))
-    assert plan.mesh == {"data": 1, "fsdp": 2, "expert": 32, "sequence": 1, "tensor": 8}
+    assert plan.mesh == {"data": 1, "fsdp": 2, "expert": 32, "expert_tensor": 1, "sequence": 1, "tensor": 8}
     share = 4 * config.model.num_parameters() / 512
     # Attention is not split over "expert", nor norms over anything: 7% of the parameters.
     assert share < plan.memory.weights < 3 * share

@@ -11,6 +11,7 @@ from lightning_jax.reinforcement.experience import (
     as_rows,
     delete_others,
     digest,
+    packed,
     path_of,
     read_rows,
     with_advantages,
@@ -44,6 +45,32 @@ def test_advantages_stand_at_the_completions_tokens_and_unused_prompts_count_now
     np.testing.assert_array_equal(rows[ADVANTAGES][1], np.where(rows["loss_mask"][1], -0.5, 0))
     assert not rows["loss_mask"][2:].any()
     assert not rows[ADVANTAGES][2:].any()
+
+
+def test_packed_rows_have_every_completion_once_with_all_that_belongs_to_it():
+    rows = as_rows(PROMPTS, GROUPS, 8)  # of 4, 5, 1 and 2 tokens
+    rows = with_advantages(rows, np.array([[0.5, -0.5], [2.0, -2.0]]), np.array([True, True]))
+    together = packed(rows, multiple=1)
+    assert len(together["inputs"]) == 2
+    found = []
+    for row, ids_T in enumerate(together["segment_ids"]):
+        for segment in range(1, ids_T.max() + 1):
+            place = np.flatnonzero(ids_T == segment)
+            assert np.all(np.diff(place) == 1)
+            found.append({name: array[row, place] for name, array in together.items() if name != "segment_ids"})
+    expected = [
+        {name: array[row, ids_T > 0] for name, array in rows.items() if name != "segment_ids"}
+        for row, ids_T in enumerate(rows["segment_ids"])
+    ]
+
+    def key(completion):
+        return completion["inputs"].tolist()
+
+    for one, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert len(packed(rows, multiple=3)["inputs"]) == 3
+    assert len(packed(rows, multiple=8)["inputs"]) == 4  # never more than before
 
 
 def test_rows_come_back_and_others_are_refused(tmp_path):

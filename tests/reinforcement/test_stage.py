@@ -23,6 +23,7 @@ STOPPING = {
     "stages__rl__reinforcement__rewards__unfinished_score": 1.0,
     "stages__rl__reinforcement__rollouts__samples": 8,
 }
+TWO_HEADS = {"model__num_kv_heads": 2}  # which axis "tensor" can divide
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,50 @@ def test_what_is_rewarded_is_done_more_often_and_is_on_record(folder, capsys):
     sample = lines(folder / "stopping", "samples.jsonl")[0]
     assert {"prompt", "text", "reward", "reason", "score", "advantage", "finish_reason"} <= sample.keys()
     assert "validation reward" in capsys.readouterr().out
+
+
+def updates(run):
+    return [row for row in metrics(run) if "surrogate" in row]
+
+
+@pytest.fixture(scope="module")
+def one_device(folder) -> pathlib.Path:
+    """A run of one generation on one device."""
+    arguments = tiny_reinforcement.arguments(folder, "one_device", steps=UPDATES, **TWO_HEADS)
+    tiny_run.finish(tiny_run.start(arguments, num_devices=1))
+    return folder / "one_device"
+
+
+def test_completions_that_share_rows_teach_the_same(folder, one_device):
+    more = TWO_HEADS | {"stages__rl__mixture__packing": "best_fit"}
+    tiny_run.finish(tiny_run.start(tiny_reinforcement.arguments(folder, "packed", steps=UPDATES, **more)))
+    for together, apart in zip(updates(folder / "packed"), updates(one_device), strict=True):
+        assert together["targets"] == apart["targets"]
+        for name in ("loss", "surrogate", "entropy", "gradient_norm"):
+            np.testing.assert_allclose(together[name], apart[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_exact_rollouts_are_the_trainers_on_every_mesh(folder, layout, capsys):
+    mesh = {"mesh__data": 1, "mesh__fsdp": 1} | {f"mesh__{axis}": size for axis, size in layout.items()}
+    name = "exact_" + "_".join(layout)
+    more = {"stages__rl__reinforcement__rollouts__mode": "exact"} | TWO_HEADS
+    assert train.main(tiny_reinforcement.arguments(folder, name, steps=UPDATES, **mesh, **more)) == 0
+    (generation,) = [row for row in metrics(folder / name) if "reward" in row]
+    assert generation["log_prob_gap_max"] == 0
+    # Where a device has a single row, the program of the gradient is a rounding of fp32 away: 1e-7 nats, squared.
+    assert updates(folder / name)[0]["policy_change"] < 1e-13
+    assert "exact rollouts" not in capsys.readouterr().out
+
+
+def test_rollouts_on_a_mesh_have_the_tokens_of_one_device(folder, one_device):
+    layout = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    arguments = tiny_reinforcement.arguments(folder, "eight_devices", steps=UPDATES, **layout, **TWO_HEADS)
+    assert train.main(arguments) == 0
+    one, eight = (np.load(run / "rollouts" / "rl_0.npz") for run in (one_device, folder / "eight_devices"))
+    for name in ("inputs", "targets", "loss_mask", "advantages"):
+        np.testing.assert_array_equal(one[name], eight[name])
+    np.testing.assert_allclose(one["recorded_log_probs"], eight["recorded_log_probs"], atol=1e-5)
 
 
 @pytest.mark.parametrize(("place", "estimator"), [("loss", "k3"), ("reward", "k1")])

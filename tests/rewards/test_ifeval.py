@@ -72,7 +72,7 @@ def test_words_in_capitals_are_counted_as_a_tokenizer_does():
 
 
 def test_an_unknown_constraint_or_argument_is_said_in_one_line():
-    with pytest.raises(UserError, match="IFEval has no constraint 'keywords:rhymes'"):
+    with pytest.raises(UserError, match="there is no constraint 'keywords:rhymes'"):
         follows("a", "keywords:rhymes", {})
     with pytest.raises(UserError, match=r"constraint punctuation:no_comma with arguments \{'commas': 1\}"):
         follows("a", "punctuation:no_comma", {"commas": 1})

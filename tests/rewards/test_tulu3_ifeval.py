@@ -65,7 +65,7 @@ def test_no_text_makes_a_constraint_raise(name):
 @pytest.mark.parametrize(
     ("truth", "message"),
     [
-        ({"func_name": "rhymes"}, "func_name='rhymes'"),
+        ({"func_name": "rhymes"}, "there is no constraint 'rhymes'"),
         ({"func_name": "validate_title", "N": 1}, "validate_title with arguments {'N': 1}"),
         ({"func_name": "validate_word_constraint", "N": 1, "quantifier": "some"}, "quantifier='some' is none of"),
     ],

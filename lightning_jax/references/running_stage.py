@@ -23,8 +23,8 @@ class ReferenceError(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A stage of a run.
+class RunningStage:
+    """A stage as a run goes through it.
 
     Attributes:
       saved_key: of the checkpoint from which the run goes on in the middle of the stage; None at the stage's beginning.
