@@ -221,6 +221,8 @@ class Trainer:
         train_steps: dict[int, Callable] = {}  # by rows of the batch
         unreported: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.closing(data):
+            if stage.config.reinforcement and first_step == stage.first_step:
+                self._validate(stage, first_step + 1, validate, state)  # of the policy that the first step finds
             for step in range(first_step, stage.last_step):
                 in_stage = step - stage.first_step
                 needs_params = data.needs_params(in_stage)
@@ -252,11 +254,7 @@ class Trainer:
                 unreported = None
                 with self.timer.pause():
                     if evaluating:
-                        self.hosts.at(step + 1, "evaluating")
-                        measures = validate(state.params)
-                        if measures:
-                            self.writer.write(step + 1, measures | {"stage": stage.name})
-                            self._say(f"step {step + 1:,}: {describe_measures(measures)}")
+                        self._validate(stage, step + 1, validate, state)
                     if ends:
                         self.hosts.at(step + 1, "writing samples")
                         self._write_samples(stage, state)
@@ -288,6 +286,13 @@ class Trainer:
         batches = global_batches(self.stages, stage, reference.corpora, seed=self.config.seed, host=self.programs.host)
         data = CorpusData(batches, int(state.step) - stage.first_step, self.programs, reference)
         return data, Validation(stage, reference, self.programs, evaluation_batches)
+
+    def _validate(self, stage: Stage, step: int, validate: Callable[[nnx.State], Measures], state: TrainState) -> None:
+        """Measures the state on what is held out, and puts it on record."""
+        self.hosts.at(step, "evaluating")
+        if measures := validate(state.params):
+            self.writer.write(step, measures | {"stage": stage.name})
+            self._say(f"step {step:,}: {describe_measures(measures)}")
 
     def _at_work(self, doing: str) -> None:
         self.hosts.at(self._step, doing)

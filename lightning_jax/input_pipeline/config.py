@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 EMBEDDED_PARTS = ("text", "code")
-GENERATED_TASKS = ("arithmetic",)
+GENERATED_TASKS = {
+    "arithmetic": ("conversations", "preferences"),
+    "legs": ("conversations",),
+}  # and their contents
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class CorpusConfig:
             found.append(f'field: the fields of chats have fixed names, not {self.field!r}; make it ""')
         if self.format == "generated" and self.path not in GENERATED_TASKS:
             found.append(f"path: no task {self.path!r} is generated; {' or '.join(GENERATED_TASKS)}")
+        elif self.format == "generated" and self.content not in GENERATED_TASKS[self.path]:
+            found.append(f"content: {self.path} has no {self.content}; make it {GENERATED_TASKS[self.path][0]!r}")
         return found
 
 

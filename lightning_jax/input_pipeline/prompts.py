@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.input_pipeline import word_problems
 from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.input_pipeline.chat_records import chat_prompt
 from lightning_jax.input_pipeline.chat_template import Message, encode_chats
@@ -18,6 +17,7 @@ from lightning_jax.input_pipeline.chat_templates import open_template, template_
 from lightning_jax.input_pipeline.config import CorpusConfig, DataConfig
 from lightning_jax.input_pipeline.documents import is_held_out
 from lightning_jax.input_pipeline.errors import SourceError
+from lightning_jax.input_pipeline.generated_tasks import TASKS
 from lightning_jax.input_pipeline.readers import Problem, read_json_records, read_parquet_records
 from lightning_jax.input_pipeline.sources import RecordReport, files_of, fingerprint
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
@@ -129,7 +129,7 @@ def read_prompts(
 def _records(name: str, config: DataConfig, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
     corpus: CorpusConfig = config.corpora[name]
     if corpus.format == "generated":
-        for number, record in enumerate(word_problems.conversations(), start=1):
+        for number, record in enumerate(TASKS[corpus.path].records["conversations"](), start=1):
             yield f"{corpus.path}:{number}", record
         return
     try:

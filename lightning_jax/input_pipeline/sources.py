@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from lightning_jax.input_pipeline import word_problems
 from lightning_jax.input_pipeline.chat_records import FIELDS, Content, chat_document
 from lightning_jax.input_pipeline.config import CorpusConfig
 from lightning_jax.input_pipeline.embedded import EmbeddedCorpus
 from lightning_jax.input_pipeline.errors import BadRecordError, SourceError
+from lightning_jax.input_pipeline.generated_tasks import TASKS
 from lightning_jax.input_pipeline.readers import (
     Problem,
     Record,
@@ -224,17 +224,17 @@ def _embedded_source(corpus: CorpusConfig) -> Source:
 
 def _generated_source(corpus: CorpusConfig) -> Source:
     """Problems that are made here."""
-    make = word_problems.conversations if corpus.content == "conversations" else word_problems.preferences
+    task = TASKS[corpus.path]
 
     def read(part: str) -> Iterator[Record]:
-        for number, record in enumerate(make(), start=1):
+        for number, record in enumerate(task.records[corpus.content](), start=1):
             yield f"{part}:{number}", chat_document(record, corpus.content)
 
     return Source(
-        fingerprint=fingerprint([corpus.path, word_problems.VERSION, word_problems.NUM_PROBLEMS]),
+        fingerprint=fingerprint([corpus.path, task.version, task.size]),
         parts=[corpus.path],
         read=read,
-        describe=lambda: f"{word_problems.NUM_PROBLEMS:,} generated {corpus.path} problems",
+        describe=lambda: f"{task.size:,} generated {corpus.path} problems",
     )
 
 

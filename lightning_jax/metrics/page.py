@@ -14,7 +14,7 @@ from typing import Any
 from lightning_jax.files import replace_text
 from lightning_jax.metrics.console import SmoothedLoss
 from lightning_jax.metrics.formatting import count, duration, size
-from lightning_jax.metrics.plots import plots, validation_corpora, validation_curve
+from lightning_jax.metrics.plots import of_likelihoods, plots, validation_corpora, validation_curve
 from lightning_jax.metrics.provenance import RUN_FILE
 from lightning_jax.metrics.writer import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_metrics
 
@@ -163,19 +163,17 @@ def _results(run: _Run) -> str:
     entropies = _mapping(run.facts.get("unigram_entropy"))
     curves: dict[str, tuple[list[tuple[int, float]], float | None]] = {}
     smoothed = SmoothedLoss()
-    training = [
-        (record["step"], smoothed.update(record["loss"], record.get("stage")))
-        for record in run.records
-        if "loss" in record
-    ]
+    trained = of_likelihoods(run.records)
+    training = [(record["step"], smoothed.update(record["loss"], record.get("stage"))) for record in trained]
     if training:
         curves["training, smoothed"] = training, None
     for corpus in validation_corpora(run.records):
         curves[f"validation, {corpus}"] = validation_curve(run.records, corpus), entropies.get(corpus)
+    rewards = _rewards(run)
     if not curves:
-        return ""
+        return f"<h2>Results</h2>{rewards}" if rewards else ""
     of_pairs = {f"validation, {corpus}" for r in run.records for corpus in r.get("validation_accuracy", {})}
-    if training and "pairs" in next(r for r in reversed(run.records) if "loss" in r):
+    if training and "pairs" in trained[-1]:
         of_pairs.add("training, smoothed")
     rows = []
     for name, (curve, entropy) in curves.items():
@@ -186,7 +184,20 @@ def _results(run: _Run) -> str:
         reference = "" if entropy is None else f"{entropy:.4f}"
         rows.append([name, f"{curve[0][1]:.4f}", best, f"{last:.4f}", perplexity, reference])
     headings = ["loss, nats per token or pair", "first", "best", "last", "perplexity", "unigram entropy"]
-    return "<h2>Results</h2>" + html_table(headings, rows, numbers=True)
+    return "<h2>Results</h2>" + html_table(headings, rows, numbers=True) + rewards
+
+
+def _rewards(run: _Run) -> str:
+    """What reinforcement learning began with and came to."""
+    sampled = [(record["step"], record["reward"]) for record in run.records if "reward" in record]
+    curves = {"sampled": sampled} if sampled else {}
+    for corpus in validation_corpora(run.records, "validation_reward"):
+        curves[f"held out, {corpus}"] = validation_curve(run.records, corpus, "validation_reward")
+    rows = []
+    for name, curve in curves.items():
+        best, step = max((reward, -step) for step, reward in curve)
+        rows.append([name, f"{curve[0][1]:.3f}", f"{best:.3f} (step {-step:,})", f"{curve[-1][1]:.3f}"])
+    return html_table(["reward", "first", "best", "last"], rows, numbers=True) if rows else ""
 
 
 def _plots(run: _Run) -> Iterable[str]:

@@ -26,7 +26,6 @@ _COLUMNS = 300  # most columns of a heat map: more would only make the file larg
 
 # Of reinforcement learning: a metric, the heading of its curve, and what it is.
 _REINFORCEMENT = (
-    ("reward", "Reward", "Mean over the first prompts of each generation, before any are replaced."),
     ("completion_tokens", "Length of completions", "In tokens, the mean of each generation."),
     ("entropy", "Entropy", "Of the policy at the tokens it is trained on, in nats."),
     ("clip_share", "Clipped tokens", "Share of tokens that the trust region leaves without gradient."),
@@ -75,6 +74,7 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
         lambda: _loss(records, unigram_entropy),
         lambda: _curve(records, "accuracy", "Preference accuracy", "Share of a batch's pairs told right."),
         lambda: _curve(records, "margin", "Preference margin", "Reward of the chosen chat less that of the rejected."),
+        lambda: _reward(records),
         *(functools.partial(_curve, records, *described) for described in _REINFORCEMENT),
         lambda: _learning_rate(records),
         lambda: _gradient_norm(records),
@@ -87,20 +87,28 @@ def plots(records: Sequence[Record], unigram_entropy: Mapping[str, float], flops
     return [plot for make in makers if (plot := make()) is not None]
 
 
-def validation_corpora(records: Sequence[Record]) -> list[str]:
-    """Corpora that the records have a validation loss of, in alphabetical order."""
-    return sorted({corpus for record in records for corpus in record.get("validation_loss", {})})
+def of_likelihoods(records: Sequence[Record]) -> list[Record]:
+    """Those with a loss in nats: that of a policy gradient is near zero whatever the policy is worth."""
+    return [record for record in records if "loss" in record and "surrogate" not in record]
 
 
-def validation_curve(records: Sequence[Record], corpus: str) -> list[tuple[int, float]]:
-    """Steps and validation losses of one corpus."""
-    return [(r["step"], r["validation_loss"][corpus]) for r in records if corpus in r.get("validation_loss", {})]
+def validation_corpora(records: Sequence[Record], measure: str = "validation_loss") -> list[str]:
+    """Corpora that the records have the measure of, in alphabetical order."""
+    return sorted({corpus for record in records for corpus in record.get(measure, {})})
+
+
+def validation_curve(
+    records: Sequence[Record], corpus: str, measure: str = "validation_loss"
+) -> list[tuple[int, float]]:
+    """Steps and values of the measure of one corpus."""
+    return [(r["step"], r[measure][corpus]) for r in records if corpus in r.get(measure, {})]
 
 
 def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Plot | None:
-    steps, losses = _series(records, "loss")
+    trained = of_likelihoods(records)
+    steps, losses = _series(trained, "loss")
     smoothed_loss = SmoothedLoss()
-    stages = [record.get("stage") for record in records if "loss" in record]
+    stages = [record.get("stage") for record in trained]
     smoothed = np.array([smoothed_loss.update(loss, stage) for loss, stage in zip(losses, stages, strict=True)])
     corpora = validation_corpora(records)
     if not np.isfinite(losses).any() and not corpora:
@@ -136,6 +144,25 @@ def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Pl
         "A model that only knows how often each token occurs would stay at the unigram entropy.",
         _figure("Loss", records, [draw], height=3.6),
     )
+
+
+def _reward(records: Sequence[Record]) -> Plot | None:
+    steps, rewards = _series(records, "reward")
+    if not np.isfinite(rewards).any():
+        return None
+
+    def draw(axes: "Axes") -> None:
+        axes.plot(steps, rewards, color=COLORS[0], label="sampled, each generation")
+        for index, corpus in enumerate(validation_corpora(records, "validation_reward")):
+            at, values = np.array(validation_curve(records, corpus, "validation_reward"), dtype=float).T
+            axes.plot(at, values, "o-", color=COLORS[1 + index % 7], markersize=3, label=f"held out, {corpus}")
+        axes.legend()
+
+    caption = (
+        "Mean over the first prompts of each generation, before any are replaced; on held-out prompts of the "
+        "likeliest completions."
+    )
+    return Plot("Reward", caption, _figure("Reward", records, [draw]))
 
 
 def _learning_rate(records: Sequence[Record]) -> Plot | None:

@@ -144,6 +144,21 @@ def spaced(folder):
     return " ".join(page.replace("&quot;", '"').split())
 
 
+def test_report_of_reinforcement_learning_tells_rewards_and_takes_no_policy_gradient_for_a_loss(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=None, tensorboard=False) as writer:
+        writer.write(1, {"loss": 2.5, "stage": "sft"})
+        for step, (reward, held_out) in enumerate([(0.3, 0.25), (0.75, 0.875), (0.7, 0.5)], start=2):
+            writer.write(step, {"reward": reward, "stage": "rl"})
+            writer.write(step, {"validation_reward": {"sums": held_out}, "stage": "rl"})
+            writer.write(step, {"loss": -0.01, "surrogate": -0.01, "stage": "rl"})
+    page = parse(write_report(tmp_path))
+    words = spaced(tmp_path)
+    assert "training, smoothed 2.5000 2.5000 (step 1) 2.5000 12.18" in words
+    assert "sampled 0.300 0.750 (step 3) 0.700" in words
+    assert "held out, sums 0.250 0.875 (step 3) 0.500" in words
+    assert "held out, sums" in page.text_of_plots
+
+
 def test_report_escapes_what_others_wrote_and_loads_nothing(tmp_path):
     write_run(tmp_path)
     page = parse(write_report(tmp_path))

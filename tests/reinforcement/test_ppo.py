@@ -20,6 +20,7 @@ SETTINGS = "stages__rlvr__reinforcement"
 PPO = {
     "config": CONFIG,
     "stage": "rlvr",
+    "prompts": "arithmetic",
     "model__router_aux_coefficient": 0.0,
     "stages__rlvr__schedule__decay_steps": 0,
     f"{SETTINGS}__rollouts__epochs": 2,
@@ -135,9 +136,7 @@ def test_a_reward_model_of_our_own_is_reward_and_beginning_of_a_value(folder, ca
     more |= {f"{section}__weights": "{reward_model:1}", "stages__rl__reinforcement__rollouts__samples": 8}
     more |= {"stages__rl__schedule__peak": 1e-2, "stages__rl__schedule__final": 1e-2, "checkpoints__every_steps": 0}
     assert train.main(tiny_reinforcement.arguments(folder, "by_model", steps=12 * UPDATES, **more)) == 0
-    likeliest = [
-        row["validation_reward"]["arithmetic"] for row in metrics(folder / "by_model") if "validation_reward" in row
-    ]
+    likeliest = [row["validation_reward"]["legs"] for row in metrics(folder / "by_model") if "validation_reward" in row]
     assert likeliest[-1] > likeliest[0] + 1
     sample = lines(folder / "by_model", "samples.jsonl")[0]
     assert "reward_model" in sample["reason"]

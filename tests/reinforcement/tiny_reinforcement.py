@@ -19,9 +19,16 @@ def write_prompts(folder: pathlib.Path, count: int = 40) -> None:
 
 
 def arguments(
-    folder: pathlib.Path, workdir: str, *, steps: int, config: str = CONFIG, stage: str = "rl", **more: object
+    folder: pathlib.Path,
+    workdir: str,
+    *,
+    steps: int,
+    config: str = CONFIG,
+    stage: str = "rl",
+    prompts: str = "legs",
+    **more: object,
 ) -> list[str]:
-    """Command-line arguments of the run; `more` are further overrides, with __ for dots."""
+    """Command-line arguments of the run; `prompts` is the stage's corpus, `more` are further overrides, __ for dots."""
     overrides: dict[str, object] = {
         "run_stages": stage,
         "model.vocab_size": 260,
@@ -41,8 +48,8 @@ def arguments(
         "data.tokenizer.eos": "</s>",
         "data.validation_fraction": 0.1,
         "data.cache_dir": folder / "cache",
-        "data.corpora.arithmetic.format": "jsonl",
-        "data.corpora.arithmetic.path": folder / "prompts.jsonl",
+        f"data.corpora.{prompts}.format": "jsonl",
+        f"data.corpora.{prompts}.path": folder / "prompts.jsonl",
         f"stages.{stage}.context_length": CONTEXT,
         f"stages.{stage}.batch_size.tokens": ROWS * CONTEXT,
         f"stages.{stage}.tokens": steps * ROWS * CONTEXT,
