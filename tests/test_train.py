@@ -53,7 +53,7 @@ def test_a_complete_run_started_again_says_so_and_changes_nothing(folder, capsys
 
 def test_the_mesh_may_be_left_to_the_planner_and_be_another_than_before(folder, capsys):
     assert train.main([*tiny_run.arguments(folder, "done", **ONE_STAGE), "--mesh=auto"]) == 0
-    assert capsys.readouterr().err.startswith("mesh data 8: fits with ")
+    assert capsys.readouterr().err.startswith("mesh data 4 x expert 2: fits with ")
 
 
 def test_a_save_that_failed_is_said_and_on_record(folder, capsys, monkeypatch):

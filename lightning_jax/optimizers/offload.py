@@ -45,13 +45,15 @@ def _in_turns(
     if not layers:
         return brought(here, *waiting)
 
-    # A loop that carries the arrays, and so overwrites them where they are: a scan would make new ones beside them.
+    # A loop that carries the arrays, and so overwrites them where they are: a scan would make new ones beside them. One
+    # axis of layers, because TPUs' compiler ends the process for copies out of the host's memory along two.
     def one_layer(turn: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        place = [*jax.numpy.unravel_index(turn, layers), *(0 for _ in here.shape[len(layers) :])]
-        size = (*(1 for _ in layers), *here.shape[len(layers) :])
-        results = brought(*(jax.lax.dynamic_slice(array, place, size) for array in arrays))
+        results = brought(*(jax.lax.dynamic_slice_in_dim(array, turn, 1) for array in arrays))
         return tuple(
-            jax.lax.dynamic_update_slice(array, result, place) for array, result in zip(arrays, results, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(array, result, turn, 0)
+            for array, result in zip(arrays, results, strict=True)
         )
 
-    return jax.lax.fori_loop(0, math.prod(layers), one_layer, (here, *waiting))
+    count, shape = math.prod(layers), here.shape
+    arrays = tuple(array.reshape(count, *shape[len(layers) :]) for array in (here, *waiting))
+    return tuple(array.reshape(shape) for array in jax.lax.fori_loop(0, count, one_layer, arrays))

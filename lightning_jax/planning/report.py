@@ -44,7 +44,7 @@ def plan_lines(config: RunConfig, stage: Stage, plan: Estimate, assumed: Assumpt
     if memory.companions:
         rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of rollouts"))
     if memory.on_host:
-        rows.append(("  on the host", f"{size(memory.on_host)} of activations"))
+        rows.append(("  on the host", f"{size(memory.on_host)} of moments and activations"))
     resource, seconds = plan.bound
     rows += [
         ("work of a device", f"{count(plan.flops)} FLOP a step, {count(plan.model_flops)} without recomputation"),

@@ -116,6 +116,6 @@ def test_on_a_tpu_the_moments_take_no_memory_of_the_devices_but_a_layer_at_a_tim
     moments = 2 * sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes[0])) / 4  # of a device, norms are split as well
     assert here.argument_size_in_bytes - there.argument_size_in_bytes == pytest.approx(moments, rel=0.01)
     assert there.host_argument_size_in_bytes == pytest.approx(moments, rel=0.01)
-    assert there.host_temp_size_in_bytes == 0  # donated
+    assert there.host_temp_size_in_bytes < 0.01 * moments  # donated; the norms' are padded
     layer = 2048 * 2048 * 4 / 4
     assert there.temp_size_in_bytes - here.temp_size_in_bytes < 6 * layer

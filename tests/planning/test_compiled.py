@@ -30,8 +30,8 @@ needs_plugin = pytest.mark.skipif(
 def test_a_mesh_whose_axes_are_no_axes_of_the_torus_is_laid_out_on_it():
     devices = described_devices(parse_slice("v5p:8x8x8"))
     mesh = make_mesh(MeshConfig.of(fsdp=2, expert=32, tensor=8), devices)
-    assert mesh.devices.shape == (1, 2, 32, 1, 8)
-    neighbours = [device.coords for device in mesh.devices[0, 0, 0, 0]]
+    assert mesh.devices.shape == (1, 2, 32, 1, 1, 8)
+    neighbours = [device.coords for device in mesh.devices[0, 0, 0, 0, 0]]
     assert len({axis for axis in range(3) if len({place[axis] for place in neighbours}) > 1}) == 1
 
 
@@ -61,7 +61,8 @@ def test_the_step_of_a_small_model_on_a_slice_takes_what_is_estimated():
     compiled = compile_step(config, stage, described_devices(slice_))
     memory = estimate(config, stage, slice_).memory
     assert compiled.arguments == pytest.approx(memory.arguments, rel=0.15)  # in tiles of the hardware's
-    assert compiled.sent
+    if jax.__version_info__ >= (0, 11):  # older ones do not show a described device's program
+        assert compiled.sent["fsdp",] > 0
 
 
 @pytest.mark.slow

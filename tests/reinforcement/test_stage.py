@@ -103,6 +103,7 @@ def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(folder):
 
 def test_what_is_rewarded_is_done_more_often_and_is_on_record(folder, capsys):
     more = STOPPING | {"stages__rl__schedule__peak": 1e-2, "stages__rl__schedule__final": 1e-2}
+    more |= {"stages__rl__schedule__warmup_steps": 0}
     steps = 15 * UPDATES
     arguments = tiny_reinforcement.arguments(folder, "stopping", steps=steps, checkpoints__every_steps=0, **more)
     assert train.main(arguments) == 0
