@@ -34,6 +34,7 @@ from forgotten_carries import fork, write_additions
 from lightning_jax import train
 from lightning_jax.metrics import read_metrics
 from lightning_jax.objectives.policy_gradient import ADVANTAGES, OLD, sequence_log_probs
+from lightning_jax.reinforcement.sampling_policy import Position
 from lightning_jax.trained_model import load_model
 
 matplotlib.use("Agg")
@@ -175,7 +176,9 @@ def moved(run_folder: Path, bound: float) -> dict[str, float]:
     model = load_model(run_folder, say=print)
     newest = max((run_folder / "rollouts").glob("rl_*.npz"), key=lambda path: int(path.stem.partition("_")[2]))
     with np.load(newest) as file:
-        rows = dict(file)
+        arrays = dict(file)
+    beside = Position.of_arrays(arrays).arrays()
+    rows = {name: array for name, array in arrays.items() if name not in beside}
 
     @jax.jit
     def log_probs(params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
