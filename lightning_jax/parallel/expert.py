@@ -17,6 +17,7 @@ F feed-forward dim, k experts per token, C places per expert and group of tokens
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,14 +95,17 @@ class ParallelExperts:
 
     def _capacity(self, x_BTD, expert_BTk, weight_BTk, weights, mask_BT):
         weights = _gather_embed(weights, x_BTD.dtype)
+        # XLA leaves a collective of one device where it is.
+        split = math.prod(self.mesh.shape[axis] for axis in EXPERT_TENSOR) > 1
 
         def compute(x_BECD):
             # [B, E, ...] of these groups and all experts <-> [B * X, E / X, ...] of all groups and these experts.
             x_BECD = jax.lax.all_to_all(x_BECD, EXPERTS, split_axis=1, concat_axis=0, tiled=True)
-            # <-> [B * X * Z, E / X, ...], of which these are the sums over a part of F.
-            x_BECD = jax.lax.all_gather(x_BECD, EXPERT_TENSOR, axis=0, tiled=True)
+            if split:  # <-> [B * X * Z, E / X, ...], of which these are the sums over a part of F.
+                x_BECD = jax.lax.all_gather(x_BECD, EXPERT_TENSOR, axis=0, tiled=True)
             y_BECD = batched_swiglu(x_BECD, weights)
-            y_BECD = jax.lax.psum_scatter(y_BECD, EXPERT_TENSOR, scatter_dimension=0, tiled=True)
+            if split:
+                y_BECD = jax.lax.psum_scatter(y_BECD, EXPERT_TENSOR, scatter_dimension=0, tiled=True)
             return jax.lax.all_to_all(y_BECD, EXPERTS, split_axis=0, concat_axis=1, tiled=True)
 
         y_BTD, dropped = experts_by_capacity(
