@@ -176,9 +176,7 @@ def moved(run_folder: Path, bound: float) -> dict[str, float]:
     model = load_model(run_folder, say=print)
     newest = max((run_folder / "rollouts").glob("rl_*.npz"), key=lambda path: int(path.stem.partition("_")[2]))
     with np.load(newest) as file:
-        arrays = dict(file)
-    beside = Position.of_arrays(arrays).arrays()
-    rows = {name: array for name, array in arrays.items() if name not in beside}
+        _, rows = Position.taken_from(dict(file))
 
     @jax.jit
     def log_probs(params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:

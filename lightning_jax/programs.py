@@ -87,11 +87,7 @@ class Programs:
         shapes = jax.eval_shape(create)
         self._shardings = parallel.shardings(shapes, self.mesh)
         if self._moments_on_host:
-            on_host = parallel.on_host(self._shardings.opt_state, shapes.opt_state, self.mesh)
-            self._shardings = self._shardings._replace(opt_state=on_host)
-            if value := self._shardings.value:
-                on_host = parallel.on_host(value.opt_state, shapes.value.opt_state, self.mesh)
-                self._shardings = self._shardings._replace(value=value._replace(opt_state=on_host))
+            self._shardings = self._with_moments_on_host(self._shardings, shapes)
         self.abstract_state = jax.tree.map(
             lambda shape, sharding: shape.update(sharding=sharding), shapes, self._shardings
         )
@@ -217,3 +213,8 @@ class Programs:
 
     def _learning_rate(self, stage: Stage) -> Callable[[jax.Array], jax.Array]:
         return learning_rate(stage.config.schedule, stage.batch_sizes.num_steps)
+
+    def _with_moments_on_host(self, shardings: TrainState, shapes: TrainState) -> TrainState:
+        on_host = parallel.on_host(shardings.opt_state, shapes.opt_state, self.mesh)
+        value = shardings.value and self._with_moments_on_host(shardings.value, shapes.value)
+        return shardings._replace(opt_state=on_host, value=value)

@@ -92,8 +92,7 @@ class Generated:
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
         """The inverse of `arrays`."""
-        own = {name: arrays[name] for name in ("score_PG", "used_P", "finished_N")}
-        position = Position.of_arrays(arrays)
-        others = {*own, *position.arrays(), "facts"}
-        rows = {name: array for name, array in arrays.items() if name not in others}
-        return cls(rows=rows, position=position, **own, **json.loads(str(arrays["facts"])))
+        position, rows = Position.taken_from(arrays)
+        facts = json.loads(str(rows.pop("facts")))
+        own = {name: rows.pop(name) for name in ("score_PG", "used_P", "finished_N")}
+        return cls(rows=rows, position=position, **own, **facts)

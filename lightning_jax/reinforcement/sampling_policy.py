@@ -57,6 +57,13 @@ class Position:
         rates = {name.removeprefix(RATES): array for name, array in arrays.items() if name.startswith(RATES)}
         return cls(**facts, pass_rates=rates)
 
+    @classmethod
+    def taken_from(cls, arrays: Mapping[str, np.ndarray]) -> tuple[Self, Batch]:
+        """The position in a file's arrays, and those that stand beside it."""
+        position = cls.of_arrays(arrays)
+        own = position.arrays()
+        return position, {name: array for name, array in arrays.items() if name not in own}
+
 
 class Place(NamedTuple):
     """Where a prompt is found."""

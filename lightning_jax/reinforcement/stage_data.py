@@ -191,9 +191,7 @@ class RolloutData:
 
     def _restore(self, generation: int) -> None:
         """Goes on behind or in the middle of a generation."""
-        arrays = read_rows(self._path(generation), self._saved["rollouts"])
-        self._made = Position.of_arrays(arrays)
-        self._rows = {name: array for name, array in arrays.items() if name not in self._made.arrays()}
+        self._made, self._rows = Position.taken_from(read_rows(self._path(generation), self._saved["rollouts"]))
         if "ahead" in self._saved:
             ahead = read_rows(self._path(generation + 1, ahead=True), self._saved["ahead"])
             self._ahead = Generated.of_arrays(ahead)
