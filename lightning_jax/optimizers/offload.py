@@ -46,9 +46,11 @@ def _in_turns(
         return brought(here, *waiting)
 
     # A loop that carries the arrays, and so overwrites them where they are: a scan would make new ones beside them. One
-    # axis of layers, because TPUs' compiler ends the process for copies out of the host's memory along two.
+    # axis of layers, because TPUs' compiler ends the process for copies out of the host's memory along two. The barrier
+    # takes the layer out before anything is written: a fusion that reads and writes the array has all of it copied.
     def one_layer(turn: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        results = brought(*(jax.lax.dynamic_slice_in_dim(array, turn, 1) for array in arrays))
+        here, *waiting = (jax.lax.dynamic_slice_in_dim(array, turn, 1) for array in arrays)
+        results = brought(jax.lax.optimization_barrier(here), *waiting)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(array, result, turn, 0)
             for array, result in zip(arrays, results, strict=True)
