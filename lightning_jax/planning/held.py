@@ -45,13 +45,14 @@ def held_by_device(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
 
 
 def companions_by_device(config: RunConfig, stage: Stage, held: Held, mesh: AbstractMesh) -> int:
-    """Bytes of a live reference, of the policy that refills stale rollouts, and of a value model with its training."""
+    """Bytes of a live reference, of the policy that refills stale rollouts here, and of a value model with its training."""
     preference, learning = stage.config.preference, stage.config.reinforcement
     copies = int(preference is not None and preference.reference == "live")
     if not learning:
         return copies * held.trained
     copies += bool(learning.policy_gradient.kl_coefficient)
-    copies += bool(learning.rollouts.staleness and learning.rollouts.dynamic_sampling)
+    rollouts = learning.rollouts
+    copies += bool(rollouts.staleness and rollouts.dynamic_sampling and not rollouts.devices)
     value = learning.value
     if not value:
         return copies * held.trained
