@@ -123,6 +123,7 @@ def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
     assert second == pytest.approx(3 * -0.7071, rel=1e-3)
     assert collected.metrics["reward"] == 0.5
     assert collected.metrics["completion_tokens"] == 2.5
+    assert collected.metrics["padding_share"] == pytest.approx(1 - (2 + 2.5 - 1) / LENGTH)
     assert not collected.warnings
 
 
