@@ -63,6 +63,8 @@ def _reward(given: Any) -> Reward:
 
 
 def _line(error: Exception) -> str:
-    """What happened, and where in the innermost of the files."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+    """What happened, and where in the user's files, if it was there."""
+    ours = (__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {error}{place}"
