@@ -22,26 +22,20 @@ import argparse
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 import recording
-import scipy.stats
 from flax import nnx
 from forgotten_carries import fork, write_additions
+from reward_curves import Curve, curve, differences, plot, table
 
 from lightning_jax import train
-from lightning_jax.metrics import read_metrics
 from lightning_jax.objectives.policy_gradient import ADVANTAGES, OLD, sequence_log_probs
 from lightning_jax.reinforcement.sampling_policy import Position
 from lightning_jax.trained_model import load_model
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 class Setting(NamedTuple):
@@ -97,7 +91,6 @@ MODEL = {
     "metrics.sample_tokens": 0,
     "checkpoints.every_steps": 0,
 }
-Curve = dict[str, list[float]]
 
 
 def run(
@@ -173,23 +166,6 @@ def learn(
     return folder / name
 
 
-def curve(run_folder: Path) -> Curve:
-    """What a run recorded: rewards and completions by generation, the held-out reward, shares of tokens by update."""
-    records = read_metrics(run_folder)
-    made = [record for record in records if "reward" in record]
-    updates = [record for record in records if "clip_share" in record]
-    measured = [record for record in records if "validation_reward" in record]
-    return {
-        "reward": [record["reward"] for record in made],
-        "completions": [record["prompts"] * SAMPLES for record in made],
-        "held_out_steps": [record["step"] for record in measured],
-        "held_out": [record["validation_reward"]["legs"] for record in measured],
-        "clip_share": [record["clip_share"] for record in updates],
-        "cap_share": [record["cap_share"] for record in updates],
-        "entropy": [record["entropy"] for record in updates],
-    }
-
-
 def moved(run_folder: Path, setting: Setting, bound: float) -> dict[str, float]:
     """Of the last generation, the tokens of right answers that its updates made more than `bound` times as likely.
 
@@ -219,73 +195,6 @@ def moved(run_folder: Path, setting: Setting, bound: float) -> dict[str, float]:
     }
 
 
-def until_half(run: Curve) -> float:
-    """The updates after which half of the sampled completions were right; infinite where they never were."""
-    return next((i * UPDATES for i, reward in enumerate(run["reward"]) if reward >= 0.5), np.inf)
-
-
-def table(curves: dict[str, list[Curve]]) -> list[str]:
-    """What the seeds gave in the mean, with the least and the most."""
-
-    def spread(measure: Callable[[Curve], float], form: str, runs: list[Curve]) -> str:
-        values = [measure(each) for each in runs]
-        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-    budget = min(each["completions"][-1] for runs in curves.values() for each in runs)
-    columns: dict[str, tuple[Callable[[Curve], float], str]] = {
-        "updates until half were right": (until_half, ".0f"),
-        "sampled, all generations": (lambda run: float(np.mean(run["reward"])), ".3f"),
-        "sampled, last three": (lambda run: float(np.mean(run["reward"][-3:])), ".3f"),
-        "held out, likeliest": (lambda run: run["held_out"][-1], ".3f"),
-        f"sampled after {budget:,} completions": (
-            lambda run: float(np.interp(budget, run["completions"], run["reward"])),
-            ".3f",
-        ),
-    }
-    lines = [f"| algorithm | {' | '.join(columns)} | tokens clipped |", "|---" * (len(columns) + 2) + "|"]
-    for name, runs in curves.items():
-        clipped = float(np.mean([np.mean(each["clip_share"]) for each in runs]))
-        cells = [spread(measure, form, runs) for measure, form in columns.values()]
-        lines.append(f"| {' | '.join([name, *cells, f'{clipped:.1%}'])} |")
-    start = np.mean([each["reward"][0] for runs in curves.values() for each in runs])
-    held_out = np.mean([each["held_out"][0] for runs in curves.values() for each in runs])
-    return [*lines, "", f"At the start {start:.3f} of the samples were right, {held_out:.3f} of what is held out.", ""]
-
-
-def differences(curves: dict[str, list[Curve]], other: str = "DAPO") -> list[str]:
-    """By how much each algorithm is ahead of another one in a run's sampled rewards, seed by seed."""
-    lines = []
-    for name in (name for name in curves if name != other and len(curves.get(other, [])) > 1):
-        pairs = zip(curves[name], curves[other], strict=True)
-        gaps = [float(np.mean(one["reward"]) - np.mean(two["reward"])) for one, two in pairs]
-        margin = scipy.stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-        lines.append(
-            f"- {name} minus {other}, sampled in all generations: {np.mean(gaps):+.3f} "
-            f"(95% interval {np.mean(gaps) - margin:+.3f} to {np.mean(gaps) + margin:+.3f}, {len(gaps)} seeds)"
-        )
-    return lines
-
-
-def plot(compared: dict[str, dict[str, list[Curve]]], path: Path) -> None:
-    """Rewards by updates and by completions, the mean of the seeds in a band from the least to the most."""
-    size = (10, 3.4 * len(compared))
-    figure, panels_SX = plt.subplots(len(compared), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for panels, (title, curves) in zip(panels_SX, compared.items(), strict=True):
-        for name, runs in curves.items():
-            rewards = np.array([each["reward"] for each in runs])
-            completions = np.mean([each["completions"] for each in runs], axis=0)
-            style = "-" if ALGORITHMS[name].items() >= DYNAMIC.items() else "--"
-            for panel, x in zip(panels, (np.arange(rewards.shape[1]) * UPDATES, completions), strict=True):
-                (line,) = panel.plot(x, rewards.mean(axis=0), style, label=name)
-                panel.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), alpha=0.15, color=line.get_color())
-        panels[0].set(ylabel=f"share of samples right\n{title}")
-        for panel, axis in zip(panels, ("updates", "completions generated"), strict=True):
-            panel.set(xlabel=axis)
-            panel.grid(alpha=0.3)
-    panels_SX[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/policy_gradients"), help="of the runs")
@@ -293,9 +202,9 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=50)
+    parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4])
     options = parser.parse_args()
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
@@ -308,7 +217,8 @@ def main() -> int:
     title = "# Policy gradients where the right token is rare"
     lines = [title, "", *lines, "![curves](policy_gradients.png)"]
     recording.write("policy_gradients", lines, figures, folder=options.results)
-    plot(figures["curves"], options.results / "policy_gradients.png")
+    static = [name for name, changes in ALGORITHMS.items() if changes.items() >= STATIC.items()]
+    plot(figures["curves"], options.results / "policy_gradients.png", dashed=static)
     return 0
 
 
@@ -323,7 +233,7 @@ def compare(
     curves: dict[str, list[Curve]] = {algorithm: [] for algorithm in options.algorithms}
     for seed, algorithm in itertools.product(range(options.seeds), options.algorithms):
         run_folder = learn(folder, setting, algorithm, seed, generations=options.generations, rate=rate)
-        curves[algorithm].append(curve(run_folder))
+        curves[algorithm].append(curve(run_folder, samples=SAMPLES))
     once = {each: learn(folder, setting, each, 0, generations=1, rate=rate) for each in ("CISPO", "DAPO")}
     return curves, {each: moved(of, setting, 1 + DAPO_HIGH) for each, of in once.items()}
 
