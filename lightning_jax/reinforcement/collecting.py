@@ -34,7 +34,7 @@ from lightning_jax.programs import Programs
 from lightning_jax.reinforcement.credit import with_credit, with_value_mask
 from lightning_jax.reinforcement.experience import as_rows, with_advantages
 from lightning_jax.reinforcement.generated import Begun, Generated, Groups
-from lightning_jax.reinforcement.grading import Verdicts, grade, verify
+from lightning_jax.reinforcement.grading import Verdicts, grade, ungraded, verify
 from lightning_jax.reinforcement.measures import measures, samples
 from lightning_jax.reinforcement.sampling_policy import Place, Position, SamplingPolicy
 from lightning_jax.rewards.reward import RewardFunction
@@ -167,6 +167,8 @@ class Collector:
             return Groups(begun.places, begun.completions, grades)
 
         first = groups = graded(begun, verified)
+        if line := ungraded(first.grades):
+            warnings.append(f"generation {generation + 1}: {line}")
         refills, informative_P = 0, self._informative(groups)
         while rollouts.dynamic_sampling and refills < rollouts.max_refills and not informative_P.all():
             refills += 1
@@ -235,6 +237,7 @@ class Collector:
         rows = self._scored(rows, params, reference, value)
         gap = log_prob_gap(rows[RECORDED], rows[OLD], rows["loss_mask"])
         metrics = generated.metrics | {name: float(each) for name, each in gap.items()}
+        metrics["padding_share"] = float(np.mean(rows["segment_ids"] == 0))
         divergence_NT = self._divergence(rows)
         if settings.value:
             used_PG = np.where(generated.used_P[:, None], score_PG, np.nan)
@@ -276,6 +279,7 @@ class Collector:
                 grades = grade(
                     verdicts, self.settings.rewards, completions, max_new_tokens=self._sampling.max_new_tokens
                 )
+                ungraded(grades)
                 rewards[name] = float(np.nanmean(grades.reward_PG))
         return rewards
 
