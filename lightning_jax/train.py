@@ -39,6 +39,7 @@ from lightning_jax.run_setup import global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
 from lightning_jax.stage_data import CorpusData, StageData
 from lightning_jax.stages import Stage, plan_stages
+from lightning_jax.stored_config import stored_fields, to_store
 from lightning_jax.train_step import TrainState
 from lightning_jax.validation import Measures, Validation, samples
 
@@ -134,7 +135,7 @@ class Trainer:
             (self.folder / "config.json").write_text(self.config.to_json() + "\n")
         self.record.open(stack, self.config, self.stages, step=step, resumes=saved is not None)
         self._metadata = {
-            "config": json.loads(self.config.to_json()),
+            **to_store(self.config),
             "data": self.data.fingerprints,
             "references": saved.get("references", {}) if saved else {},
             "rollouts": saved.get("rollouts", {}) if saved else {},
@@ -156,8 +157,9 @@ class Trainer:
         if restored := checkpoints.restore(self.programs.abstract_state):
             if self.config.lora:
                 freeze_base(self.folder, self.config, self.programs, say)
+            before = stored_fields(RunConfig, restored.metadata, self.folder)
             current = json.loads(self.config.to_json())
-            self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
+            self._accept(differences(before, current, ignore=FREE_TO_CHANGE))
             say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
         state = self.programs.first_state()

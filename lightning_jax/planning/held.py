@@ -45,7 +45,7 @@ def held_by_device(config: RunConfig, stage: Stage, mesh: AbstractMesh) -> Held:
 
 
 def companions_by_device(config: RunConfig, stage: Stage, held: Held, mesh: AbstractMesh) -> int:
-    """Bytes of a live reference, of the policy that refills stale rollouts here, and of a value model with its training."""
+    """Bytes of a live reference, of the policy that refills stale rollouts, and of a value model with its training."""
     preference, learning = stage.config.preference, stage.config.reinforcement
     copies = int(preference is not None and preference.reference == "live")
     if not learning:

@@ -21,7 +21,7 @@ from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.objectives.advantages import informative_groups
 from lightning_jax.reinforcement.experience import as_rows
 from lightning_jax.reinforcement.generated import Begun, Generated, Groups
-from lightning_jax.reinforcement.grading import Verdicts, grade, verify
+from lightning_jax.reinforcement.grading import Verdicts, grade, ungraded, verify
 from lightning_jax.reinforcement.measures import measures, samples
 from lightning_jax.reinforcement.rollout_generator import RolloutGenerator
 from lightning_jax.reinforcement.sampling_policy import Position, PromptPlace, SamplingPolicy
@@ -107,6 +107,8 @@ class Collector:
             return Groups(begun.places, begun.completions, grades)
 
         first = groups = graded(begun, verified)
+        if line := ungraded(first.grades):
+            warnings.append(f"generation {generation + 1}: {line}")
         refills, informative_P = 0, self._informative(groups)
         while rollouts.dynamic_sampling and refills < rollouts.max_refills and not informative_P.all():
             refills += 1
@@ -158,6 +160,7 @@ class Collector:
                 verdicts = verify(self._reward, held_out, completions)
                 limit = self._settings.rollouts.max_new_tokens
                 grades = grade(verdicts, self._settings.rewards, completions, max_new_tokens=limit)
+                ungraded(grades)
                 rewards[name] = float(np.nanmean(grades.reward_PG))
         return rewards
 

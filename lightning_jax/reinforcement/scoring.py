@@ -87,6 +87,7 @@ class Scorer:
         rows = self._scored(rows, params, reference, value)
         gap = log_prob_gap(rows[RECORDED], rows[OLD], rows["loss_mask"])
         metrics = generated.metrics | {name: float(each) for name, each in gap.items()}
+        metrics["padding_share"] = float(np.mean(rows["segment_ids"] == 0))
         divergence_NT = self._divergence(rows)
         if settings.value:
             used_PG = np.where(generated.used_P[:, None], score_PG, np.nan)

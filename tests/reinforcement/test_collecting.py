@@ -116,6 +116,13 @@ def asked(rows):
     return (rows["inputs"][::SAMPLES, 1] - 2).tolist()
 
 
+def test_there_is_no_setting_that_cuts_the_distribution():
+    given = rollouts(samples=2, updates=2, max_new_tokens=8, slots=4, dynamic_sampling=True)
+    for name in ("top_p", "top_k"):
+        _, problems = parse(RolloutConfig, given | {name: 0.9})
+        assert [problem.partition(";")[0] for problem in problems] == [f"config.{name}: no such field"]
+
+
 def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
     collected = collect(collector())
     assert collected.rows["inputs"].shape == (UPDATES * ROWS, LENGTH)
@@ -125,6 +132,7 @@ def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
     assert second == pytest.approx(3 * -0.7071, rel=1e-3)
     assert collected.metrics["reward"] == 0.5
     assert collected.metrics["completion_tokens"] == 2.5
+    assert collected.metrics["padding_share"] == pytest.approx(1 - (2 + 2.5 - 1) / LENGTH)
     assert not collected.warnings
 
 
