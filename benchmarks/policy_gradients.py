@@ -202,7 +202,7 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--generations", type=int, default=6)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4])
     options = parser.parse_args()

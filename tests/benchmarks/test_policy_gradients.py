@@ -1,4 +1,4 @@
-"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it."""
+"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it, and a clip of the ratio delays it."""
 
 import json
 import os
