@@ -202,15 +202,15 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=6)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--rates", nargs="+", default=["3e-4:6", "1e-4:12"], help="learning rate:generations")
     options = parser.parse_args()
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
-    for name, rate in itertools.product(options.settings, options.learning_rates):
-        curves, shares = compare(name, rate, options)
-        title = f"{name}, learning rate {rate:g}"
+    for name, pair in itertools.product(options.settings, options.rates):
+        rate, _, generations = pair.partition(":")
+        curves, shares = compare(name, float(rate), int(generations), options)
+        title = f"{name}, learning rate {rate}"
         figures["curves"][title], figures["moved"][title] = curves, shares
         lines += [f"## {title}: {SETTINGS[name].right:.0%} of the demonstrations are right", "", *table(curves)]
         lines += [*differences(curves), *(describe_moved(each, of) for each, of in shares.items()), ""]
@@ -223,7 +223,7 @@ def main() -> int:
 
 
 def compare(
-    name: str, rate: float, options: argparse.Namespace
+    name: str, rate: float, generations: int, options: argparse.Namespace
 ) -> tuple[dict[str, list[Curve]], dict[str, dict[str, float]]]:
     """The curves of every algorithm in a setting, one for each seed; and what the first updates moved."""
     folder, setting = options.folder / name, SETTINGS[name]
@@ -232,7 +232,7 @@ def compare(
     fine_tune(folder, passes=options.passes)
     curves: dict[str, list[Curve]] = {algorithm: [] for algorithm in options.algorithms}
     for seed, algorithm in itertools.product(range(options.seeds), options.algorithms):
-        run_folder = learn(folder, setting, algorithm, seed, generations=options.generations, rate=rate)
+        run_folder = learn(folder, setting, algorithm, seed, generations=generations, rate=rate)
         curves[algorithm].append(curve(run_folder, samples=SAMPLES))
     once = {each: learn(folder, setting, each, 0, generations=1, rate=rate) for each in ("CISPO", "DAPO")}
     return curves, {each: moved(of, setting, 1 + DAPO_HIGH) for each, of in once.items()}

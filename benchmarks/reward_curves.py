@@ -42,24 +42,34 @@ def until_half(run: Curve) -> float:
     return next((step for step, reward in zip(run["updates"], run["reward"], strict=True) if reward >= 0.5), np.inf)
 
 
+def after_one_generation(run: Curve) -> float:
+    return run["reward"][1]
+
+
+def in_all_generations(run: Curve) -> float:
+    return float(np.mean(run["reward"]))
+
+
 def table(curves: dict[str, list[Curve]]) -> list[str]:
     """What the seeds gave in the mean, with the least and the most."""
-
-    def spread(measure: Callable[[Curve], float], form: str, runs: list[Curve]) -> str:
-        values = [measure(each) for each in runs]
-        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
     budget = min(each["completions"][-1] for runs in curves.values() for each in runs)
+    updates = next(iter(curves.values()))[0]["updates"][1]
     columns: dict[str, tuple[Callable[[Curve], float], str]] = {
-        "updates until half were right": (until_half, ".0f"),
-        "sampled, all generations": (lambda run: float(np.mean(run["reward"])), ".3f"),
-        "sampled, last three": (lambda run: float(np.mean(run["reward"][-3:])), ".3f"),
+        f"sampled after {updates} updates": (after_one_generation, ".3f"),
+        "updates until half": (until_half, ".0f"),
+        "sampled, all generations": (in_all_generations, ".3f"),
+        "sampled, last": (lambda run: run["reward"][-1], ".3f"),
         "held out, likeliest": (lambda run: run["held_out"][-1], ".3f"),
         f"sampled after {budget:,} completions": (
             lambda run: float(np.interp(budget, run["completions"], run["reward"])),
             ".3f",
         ),
     }
+
+    def spread(measure: Callable[[Curve], float], form: str, runs: list[Curve]) -> str:
+        values = [measure(each) for each in runs]
+        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
     lines = [f"| algorithm | {' | '.join(columns)} | tokens clipped |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in curves.items():
         clipped = float(np.mean([np.mean(each["clip_share"]) for each in runs]))
@@ -71,17 +81,24 @@ def table(curves: dict[str, list[Curve]]) -> list[str]:
 
 
 def differences(curves: dict[str, list[Curve]], other: str = "DAPO") -> list[str]:
-    """By how much each algorithm is ahead of another one in a run's sampled rewards, seed by seed."""
-    lines = []
-    for name in (name for name in curves if name != other and len(curves.get(other, [])) > 1):
-        pairs = zip(curves[name], curves[other], strict=True)
-        gaps = [float(np.mean(one["reward"]) - np.mean(two["reward"])) for one, two in pairs]
+    """By how much each algorithm is ahead of another one in sampled rewards, seed by seed."""
+    if len(curves.get(other, [])) < 2:
+        return []
+
+    def interval(runs: list[Curve], measure: Callable[[Curve], float]) -> str:
+        gaps = [measure(one) - measure(two) for one, two in zip(runs, curves[other], strict=True)]
         margin = scipy.stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-        lines.append(
-            f"- {name} minus {other}, sampled in all generations: {np.mean(gaps):+.3f} "
-            f"(95% interval {np.mean(gaps) - margin:+.3f} to {np.mean(gaps) + margin:+.3f}, {len(gaps)} seeds)"
-        )
-    return lines
+        return f"{np.mean(gaps):+.3f} ({np.mean(gaps) - margin:+.3f} to {np.mean(gaps) + margin:+.3f})"
+
+    lines = [
+        f"| sampled, less that of {other} (95% interval over {len(curves[other])} seeds) | after one generation "
+        "| in all generations |",
+        "|---|---|---|",
+    ]
+    for name, runs in curves.items():
+        if name != other:
+            lines.append(f"| {name} | {interval(runs, after_one_generation)} | {interval(runs, in_all_generations)} |")
+    return [*lines, ""]
 
 
 def plot(compared: dict[str, dict[str, list[Curve]]], path: Path, *, dashed: Collection[str]) -> None:
