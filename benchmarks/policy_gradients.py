@@ -39,17 +39,18 @@ from lightning_jax.trained_model import load_model
 
 
 class Setting(NamedTuple):
-    """What is asked, and how rare the right answer is."""
+    """What is asked, how rare the right answer is, and how it is learned."""
 
     right: float  # the share of demonstrations
     worked: bool
     context: int  # tokens of a row of rollouts
     max_new_tokens: int
+    generations: dict[str, int]  # by learning rate
 
 
 SETTINGS = {
-    "worked": Setting(right=0.03, worked=True, context=32, max_new_tokens=22),
-    "said": Setting(right=0.3, worked=False, context=16, max_new_tokens=5),
+    "worked": Setting(right=0.03, worked=True, context=32, max_new_tokens=22, generations={"1e-4": 12, "3e-4": 6}),
+    "said": Setting(right=0.3, worked=False, context=16, max_new_tokens=5, generations={"1e-4": 12}),
 }
 CONFIG = str(Path(__file__).parents[1] / "configs" / "minimax_m1.py") + ":laptop"
 SAMPLES, ROWS, UPDATES = 16, 32, 16
@@ -203,17 +204,18 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--rates", nargs="+", default=["3e-4:6", "1e-4:12"], help="learning rate:generations")
+    parser.add_argument("--rates", nargs="+", help="learning rate:generations; those of each setting if not given")
     options = parser.parse_args()
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
-    for name, pair in itertools.product(options.settings, options.rates):
-        rate, _, generations = pair.partition(":")
-        curves, shares = compare(name, float(rate), int(generations), options)
-        title = f"{name}, learning rate {rate}"
-        figures["curves"][title], figures["moved"][title] = curves, shares
-        lines += [f"## {title}: {SETTINGS[name].right:.0%} of the demonstrations are right", "", *table(curves)]
-        lines += [*differences(curves), *(describe_moved(each, of) for each, of in shares.items()), ""]
+    given = dict(pair.split(":") for pair in options.rates or ())
+    for name in options.settings:
+        for rate, generations in (given or SETTINGS[name].generations).items():
+            curves, shares = compare(name, float(rate), int(generations), options)
+            title = f"{name}, learning rate {rate}"
+            figures["curves"][title], figures["moved"][title] = curves, shares
+            lines += [f"## {title}: {SETTINGS[name].right:.0%} of the demonstrations are right", "", *table(curves)]
+            lines += [*differences(curves), *(describe_moved(each, of) for each, of in shares.items()), ""]
     title = "# Policy gradients where the right token is rare"
     lines = [title, "", *lines, "![curves](policy_gradients.png)"]
     recording.write("policy_gradients", lines, figures, folder=options.results)

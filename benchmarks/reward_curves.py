@@ -16,7 +16,7 @@ Curve = dict[str, list[float]]
 
 
 def curve(run_folder: Path, *, samples: int) -> Curve:
-    """What a run recorded: rewards and completions by generation, the held-out reward, shares of tokens by update.
+    """What a run recorded: rewards by generation, with the updates and completions before; shares of tokens by update.
 
     Args:
         samples: completions of a prompt.
@@ -27,8 +27,8 @@ def curve(run_folder: Path, *, samples: int) -> Curve:
     measured = [record for record in records if "validation_reward" in record]
     return {
         "updates": [record["step"] - 1 for record in made],
+        "completions": [0, *(record["prompts"] * samples for record in made[:-1])],
         "reward": [record["reward"] for record in made],
-        "completions": [record["prompts"] * samples for record in made],
         "held_out_steps": [record["step"] for record in measured],
         "held_out": [record["validation_reward"]["legs"] for record in measured],
         "clip_share": [record["clip_share"] for record in updates],
@@ -111,12 +111,12 @@ def plot(compared: dict[str, dict[str, list[Curve]]], path: Path, *, dashed: Col
     size = (10, 3.4 * len(compared))
     figure, panels_SX = plt.subplots(len(compared), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for panels, (title, curves) in zip(panels_SX, compared.items(), strict=True):
-        for name, runs in curves.items():
+        for number, (name, runs) in enumerate(curves.items()):
             rewards = np.array([each["reward"] for each in runs])
             completions = np.mean([each["completions"] for each in runs], axis=0)
-            style = "--" if name in dashed else "-"
+            style = {"linestyle": "--" if name in dashed else "-", "linewidth": 3.5 - 0.5 * number}  # some coincide
             for panel, x in zip(panels, (runs[0]["updates"], completions), strict=True):
-                (line,) = panel.plot(x, rewards.mean(axis=0), style, label=name)
+                (line,) = panel.plot(x, rewards.mean(axis=0), label=name, **style)
                 panel.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), alpha=0.15, color=line.get_color())
         panels[0].set(ylabel=f"share of samples right\n{title}")
         for panel, axis in zip(panels, ("updates", "completions generated"), strict=True):
