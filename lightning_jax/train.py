@@ -27,19 +27,21 @@ from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_facts, watch
 from lightning_jax.init_from import begin_value, begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.planning.hardware import slice_of
 from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
 from lightning_jax.references import Reference, RunningStage, reference_of
-from lightning_jax.reinforcement.collecting import Collected
+from lightning_jax.reinforcement.scoring import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.reinforcement.stage_data import check as check_reinforcement
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
 from lightning_jax.stage_data import CorpusData, StageData
 from lightning_jax.stages import Stage, plan_stages
+from lightning_jax.stored_config import stored_fields, to_store
 from lightning_jax.train_step import Batch, TrainState
 from lightning_jax.validation import Measures, Validation, describe_measures, samples
 
@@ -52,6 +54,7 @@ FREE_TO_CHANGE = (
     "max_nonfinite_steps",
     "hang_minutes",
     "data.cache_dir",
+    "stages.*.reinforcement.rollouts.devices",
 )
 
 
@@ -82,7 +85,7 @@ class Trainer:
         change_config: bool = False,
         hosts: Hosts | None = None,
     ):
-        if problems := config.problems_on(jax.device_count()):
+        if problems := problems_on(config, jax.device_count()):
             raise ConfigError(problems)
         self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config
@@ -159,7 +162,7 @@ class Trainer:
         for line in said_of_checkpoints:
             self.writer.event("checkpoint", line, step=step)
         self._metadata = {
-            "config": json.loads(self.config.to_json()),
+            **to_store(self.config),
             "data": self.data.fingerprints,
             "references": saved.get("references", {}) if saved else {},
             "rollouts": saved.get("rollouts", {}) if saved else {},
@@ -189,8 +192,9 @@ class Trainer:
         if restored := checkpoints.restore(self.programs.abstract_state):
             if self.config.lora:
                 freeze_base(self.folder, self.config, self.programs, self._say)
+            before = stored_fields(RunConfig, restored.metadata, self.folder)
             current = json.loads(self.config.to_json())
-            self._accept(differences(restored.metadata["config"], current, ignore=FREE_TO_CHANGE))
+            self._accept(differences(before, current, ignore=FREE_TO_CHANGE))
             self._say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
         state = self.programs.first_state()

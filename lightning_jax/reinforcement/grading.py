@@ -27,17 +27,18 @@ from lightning_jax.rewards import (
     Completion,
     Endpoint,
     FormatReward,
-    GradedJudge,
     IFEvalReward,
+    Judge,
     MathReward,
     OwnReward,
-    PairwiseJudge,
     Rescaled,
     RewardFunction,
     RewardModelReward,
     Sandbox,
     Tulu3IFEvalReward,
     WeightedSum,
+    compared,
+    graded,
     gsm8k_reward,
     puzzle_reward,
 )
@@ -69,10 +70,10 @@ class Opening:
         return ByDataset(verified | {"general_graded": self.graded_judge(), "general": self.pairwise_judge()})
 
     def graded_judge(self) -> RewardFunction:
-        return GradedJudge(self._endpoint(), self.config.judge.threads)
+        return Judge(self._endpoint(), graded, self.config.judge.threads)
 
     def pairwise_judge(self) -> RewardFunction:
-        return PairwiseJudge(self._endpoint(), self.config.judge.threads)
+        return Judge(self._endpoint(), compared, self.config.judge.threads)
 
     def reward_model(self) -> RewardFunction:
         use = self.config.reward_model
