@@ -38,8 +38,12 @@ def curve(run_folder: Path, *, samples: int) -> Curve:
 
 
 def until_half(run: Curve) -> float:
-    """The updates after which half of the sampled completions were right; infinite where they never were."""
-    return next((step for step, reward in zip(run["updates"], run["reward"], strict=True) if reward >= 0.5), np.inf)
+    """The updates after which half of the sampled completions were right, by a line between generations; else inf."""
+    after = next((place for place, reward in enumerate(run["reward"]) if reward >= 0.5), None)
+    if after is None:
+        return np.inf
+    pair = slice(max(after - 1, 0), after + 1)
+    return float(np.interp(0.5, run["reward"][pair], run["updates"][pair]))
 
 
 def after_one_generation(run: Curve) -> float:
@@ -85,19 +89,20 @@ def differences(curves: dict[str, list[Curve]], other: str = "DAPO") -> list[str
     if len(curves.get(other, [])) < 2:
         return []
 
-    def interval(runs: list[Curve], measure: Callable[[Curve], float]) -> str:
+    def interval(runs: list[Curve], measure: Callable[[Curve], float], form: str) -> str:
         gaps = [measure(one) - measure(two) for one, two in zip(runs, curves[other], strict=True)]
         margin = scipy.stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-        return f"{np.mean(gaps):+.3f} ({np.mean(gaps) - margin:+.3f} to {np.mean(gaps) + margin:+.3f})"
+        return f"{np.mean(gaps):+{form}} ({np.mean(gaps) - margin:+{form}} to {np.mean(gaps) + margin:+{form}})"
 
     lines = [
-        f"| sampled, less that of {other} (95% interval over {len(curves[other])} seeds) | after one generation "
-        "| in all generations |",
-        "|---|---|---|",
+        f"| less {other}'s (95% interval, {len(curves[other])} seeds) | sampled after one generation "
+        "| sampled, all generations | updates until half |",
+        "|---|---|---|---|",
     ]
     for name, runs in curves.items():
         if name != other:
-            lines.append(f"| {name} | {interval(runs, after_one_generation)} | {interval(runs, in_all_generations)} |")
+            sampled = [interval(runs, measure, ".3f") for measure in (after_one_generation, in_all_generations)]
+            lines.append(f"| {' | '.join([name, *sampled, interval(runs, until_half, '.1f')])} |")
     return [*lines, ""]
 
 
