@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import recording
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
+from lightning_jax.metrics.provenance import versions
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.planning.compiled import compile_step, described_devices
 from lightning_jax.planning.estimate import RESERVE, estimate
@@ -47,7 +48,7 @@ ROWS += [
     ("v6e:16x16", "context_1024k", (*BF16, OFFLOAD, MOMENTS)),
     ("2xv6e:16x16", "context_1024k", BF16),
 ]
-TIMEOUT = 1700
+TIMEOUT = 3500
 
 
 def row_config(
@@ -94,6 +95,7 @@ def compiled(topology: str, stage: str, overrides: tuple[str, ...], config: str)
         "compile_seconds": result.compile_seconds,
         "cpu_seconds": time.process_time() - began,
         "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "libtpu": versions().get("libtpu", "-"),
     }
 
 
@@ -120,15 +122,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "the compiler where there is its word, else by the estimate; maybe: only if that is less than 15% too low.",
         "Compile: seconds on a machine that others used at the same time, and seconds of its processors.",
         "",
-        "| slice | stage | mesh | estimate | compiled | of | fits | compile | host memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| slice | stage | mesh | estimate | compiled | of | fits | compile | host memory | libtpu |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         on_host = {OFFLOAD: ", offload", MOMENTS: ", moments on the host"}
         added = "".join(text for override, text in on_host.items() if override in row["overrides"])
         name = f"| {row['slice']} | {row['stage']}{added} |"
         if "estimate" not in row:
-            lines.append(f"{name} - | - | - | - | no: {row['problem']} | - | - |")
+            lines.append(f"{name} - | - | - | - | no: {row['problem']} | - | - | - |")
             continue
         memory = row["memory"] / GIB
         total, compile_time, host = "estimate only", "-", "-"
@@ -146,14 +148,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             total += f": {row['problem']}"
         lines.append(
             f"{name} {row['mesh']} | {row['estimate'] / GIB:.1f} | {total} | {memory:.0f} | {fits} "
-            f"| {compile_time} | {host} |"
+            f"| {compile_time} | {host} | {row.get('libtpu', '-')} |"
         )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="", help="only rows whose slice or stage contains this")
+    parser.add_argument("--rows", default="", help="only rows whose slice, stage and overrides contain this")
     parser.add_argument("--again", action="store_true", help="also rows that are on record")
     parser.add_argument("--estimate", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="a small model on virtual devices; records nothing")
@@ -170,13 +172,14 @@ def main() -> None:
     on_record = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     done = {(row["slice"], row["stage"], tuple(row["overrides"])): row for row in on_record}
     for key in ROWS:
+        if options.rows not in " ".join((*key[:2], *key[2])):
+            continue
         row, old = (*key, config + "456b"), done.get(key, {})
-        wanted = options.rows in " ".join((*key[:2], *key[2])) and not options.estimate
-        if "temporaries" in old and not (wanted and options.again):
+        if "temporaries" in old and not options.again:
             figures = old | estimated(*row, old["mesh"]) | {"why": old["why"]}
         else:
             figures = estimated(*row)
-            if "estimate" in figures and wanted:
+            if "estimate" in figures and not options.estimate:
                 figures |= compiled_apart(*row)
         done[key] = figures
         rows = [done[each] for each in ROWS if each in done]

@@ -140,13 +140,14 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
 def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -> dict[str, str | list[str]]:
     """The facts in the header of a run."""
     model, devices = config.model, jax.devices()
-    sizes = config.resolved_mesh(len(devices))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "none"
+    split = _split(config.resolved_mesh(len(devices)))
+    if config.rollout_mesh:
+        split += f"; {config.num_rollout_devices} of them make rollouts, split: {_split(config.rollout_mesh.sizes())}"
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     kinds = " + ".join(f"{run.length} {run.kind}" for run in runs(model.layer_pattern))
     return {
         "size": config.size_reason,
-        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}, split: {mesh}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}, split: {split}",
         "model": (
             f"{formatting.count(model.num_parameters())} parameters, "
             f"{formatting.count(model.num_active_parameters())} active without embeddings; "
@@ -162,6 +163,10 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
         ],
         "folder": str(folder),
     }
+
+
+def _split(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "none"
 
 
 def _adapters(config: RunConfig) -> dict[str, str]:

@@ -48,7 +48,14 @@ CAME_WITH: dict[int, dict[type, dict[str, Any]]] = {
             "moments": "device",
         },
         ReinforcementConfig: {"value": None},
-        RolloutConfig: {"epochs": 1, "staleness": 0, "lengths": None, "sample_filter": {}, "curriculum": None},
+        RolloutConfig: {
+            "epochs": 1,
+            "staleness": 0,
+            "lengths": None,
+            "sample_filter": {},
+            "curriculum": None,
+            "devices": {},
+        },
         RewardConfig: {
             "reward_model": None,
             "judge": None,

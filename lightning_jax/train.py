@@ -27,13 +27,14 @@ from lightning_jax.config import ConfigError, RunConfig, differences
 from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_facts, watch
 from lightning_jax.init_from import begin_value, begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.planning.hardware import slice_of
 from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
 from lightning_jax.references import Reference, RunningStage, reference_of
-from lightning_jax.reinforcement.collecting import Collected
+from lightning_jax.reinforcement.scoring import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.reinforcement.stage_data import check as check_reinforcement
 from lightning_jax.run_setup import describe, global_batches, open_run, record_run
@@ -53,6 +54,7 @@ FREE_TO_CHANGE = (
     "max_nonfinite_steps",
     "hang_minutes",
     "data.cache_dir",
+    "stages.*.reinforcement.rollouts.devices",
 )
 
 
@@ -83,7 +85,7 @@ class Trainer:
         change_config: bool = False,
         hosts: Hosts | None = None,
     ):
-        if problems := config.problems_on(jax.device_count()):
+        if problems := problems_on(config, jax.device_count()):
             raise ConfigError(problems)
         self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from lightning_jax.hosts.hosts import Hosts
 
 _GRACE_S = 60.0
+_PRINTING_S = 1.0
 
 
 @contextlib.contextmanager
@@ -16,7 +18,7 @@ def watch(hosts: Hosts, seconds: float) -> Iterator[None]:
     """Inside, all hosts end with their stacks printed when this one does nothing new for so long; 0 for never.
 
     A thread looks at `hosts.since`. Where that thread itself cannot run, because another one holds Python's lock and
-    hangs, the interpreter prints the stacks and ends this host with code 1.
+    hangs, the interpreter prints the stacks, and an alarm ends this host: a death, after which the run starts again.
     """
     if not seconds:
         yield
@@ -25,7 +27,8 @@ def watch(hosts: Hosts, seconds: float) -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(min(seconds / 10, 5)):
-            faulthandler.dump_traceback_later(seconds + _GRACE_S, exit=True, file=2)
+            faulthandler.dump_traceback_later(seconds + _GRACE_S, file=2)
+            signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_S + _PRINTING_S)
             if time.monotonic() - hosts.since > seconds:
                 hosts.hang(seconds)
 
@@ -38,3 +41,4 @@ def watch(hosts: Hosts, seconds: float) -> Iterator[None]:
         over.set()
         watcher.join()
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)

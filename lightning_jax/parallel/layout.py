@@ -21,7 +21,7 @@ from lightning_jax.models.operators import Operators, complete, project
 from lightning_jax.parallel.config import GradientDtype, SequenceAttention
 from lightning_jax.parallel.expert import ParallelExperts
 from lightning_jax.parallel.sequence import sequence_parallel_softmax_attention
-from lightning_jax.parallel.sharding import RULES, ShardingError, constrain
+from lightning_jax.parallel.sharding import RULES, ShardingError, constrain, mesh_size
 from pallas_kernels import sequence_parallel_lightning_attention
 
 BATCH = RULES.mesh_axes("batch")
@@ -120,8 +120,11 @@ def operators(
         )(q_BTHK, k_BTGK, v_BTGK, cache, layer, positions_BT)
 
     # Left to the compiler, a loop over chunks of the sequence gathers the weights and adds up their gradient over all
-    # devices in every turn.
+    # devices in every turn. Where there is nothing to add up along the axes it is told of, XLA refuses to.
     def sum_over_rows(function, weights_DV, *rows):
+        weights_DV = constrain(weights_DV, (None, "vocab"), mesh)
+        if mesh_size(mesh, (*BATCH, *SEQUENCE)) == 1:
+            return function(weights_DV, *rows)
         return jax.shard_map(
             lambda weights_DV, *rows: jax.lax.psum(function(weights_DV, *rows), (*BATCH, *SEQUENCE)),
             mesh=mesh,
@@ -129,9 +132,12 @@ def operators(
             out_specs=PartitionSpec(),
             axis_names={*BATCH, *SEQUENCE},  # the compiler splits the vocabulary
             check_vma=False,
-        )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
+        )(weights_DV, *rows)
 
     def map_rows(function, weights_DV, *rows):
+        weights_DV = constrain(weights_DV, (None, "vocab"), mesh)
+        if mesh_size(mesh, BATCH) == 1:
+            return function(weights_DV, *rows)
         return jax.shard_map(
             function,
             mesh=mesh,
@@ -139,7 +145,7 @@ def operators(
             out_specs=ROWS,
             axis_names=set(BATCH),  # the compiler splits the vocabulary
             check_vma=False,
-        )(constrain(weights_DV, (None, "vocab"), mesh), *rows)
+        )(weights_DV, *rows)
 
     return Operators(
         lightning_attention=lightning_attention,

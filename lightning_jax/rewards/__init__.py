@@ -7,6 +7,7 @@ from lightning_jax.rewards.ifeval import IFEvalReward
 from lightning_jax.rewards.judge import Endpoint, Judge, JudgeError, compared, graded
 from lightning_jax.rewards.length_bias import LengthBias, padding_gain
 from lightning_jax.rewards.math_answers import MathReward, gsm8k_reward
+from lightning_jax.rewards.own import OwnReward
 from lightning_jax.rewards.puzzles import make_puzzle, puzzle_records, puzzle_reward
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
 from lightning_jax.rewards.reward_model import RewardModelReward
@@ -27,6 +28,7 @@ __all__ = [
     "LengthBias",
     "Limits",
     "MathReward",
+    "OwnReward",
     "Program",
     "Rescaled",
     "Reward",

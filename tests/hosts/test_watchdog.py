@@ -1,5 +1,6 @@
 """What a hanging run says: the line on who keeps whom waiting, and the stacks."""
 
+import signal
 import subprocess
 import sys
 
@@ -65,3 +66,24 @@ def test_a_run_that_makes_progress_is_left_alone():
     ends = HANGS.replace("    step_that_hangs()\n", "").replace("1.0", "1.9") + "time.sleep(2.5)\nprint('ended')\n"
     found = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout, found.stderr) == (0, "ended\n", "")
+
+
+HOLDS_PYTHON = """
+import ctypes
+from lightning_jax.hosts import Hosts, watch, watchdog
+
+watchdog._GRACE_S = 1.0
+
+def call_that_hangs():
+    ctypes.PyDLL(None).sleep(100)  # without giving up Python's lock
+
+with watch(Hosts(), 1.0):
+    watchdog.time.sleep(0.5)
+    call_that_hangs()
+"""
+
+
+def test_a_host_that_cannot_run_python_prints_its_stacks_and_dies():
+    found = subprocess.run([sys.executable, "-c", HOLDS_PYTHON], capture_output=True, text=True, timeout=60)
+    assert found.returncode == -signal.SIGALRM  # and is started again: 1 would be a run that failed
+    assert "in call_that_hangs" in found.stderr
