@@ -167,6 +167,8 @@ class Trainer:
             return begin_with(self.init_from, state, self.folder, self.config, self.programs, say), None
         if self.config.lora:
             raise ConfigError(["config.lora: adapters belong to a model; name the folder of its run by --init_from"])
+        if (first := self.stages[0]).config.objective != "next_token":
+            self._say(f"stage {first.name} begins with fresh weights; --init_from=FOLDER begins with those of a run")
         return state, None
 
     def _accept(self, changes: Iterable[str]) -> None:
