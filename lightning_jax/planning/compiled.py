@@ -42,9 +42,9 @@ class Compiled:
 
     arguments: int  # weights, moments and the batch; donated, so that the results take no more
     temporaries: int  # gradients, activations and whatever else lives within the step
+    on_host: int  # moments and activations that wait in the host's memory
     compile_seconds: float
     sent: dict[tuple[str, ...], float] | None  # bytes by mesh axes; None where the compiler does not show its program
-    on_host: int = 0  # what the step keeps there
 
     @property
     def total(self) -> int:
@@ -85,9 +85,9 @@ def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device])
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds,
         _sent(program, config.resolved_mesh(len(devices))),
-        memory.host_temp_size_in_bytes,
     )
 
 
