@@ -23,7 +23,7 @@ from lightning_jax.planning.collectives import sent_by_axes
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.programs import Programs
 from lightning_jax.stages import Stage
-from pallas_kernels.gpu.deviceless import PLUGIN, TARGETS
+from pallas_kernels.gpu.deviceless import INSTALL_PLUGIN, PLUGIN, TARGETS
 
 HOPPER = ("h800", "h100", "h200")  # equal but for memory and links; described as the H200
 
@@ -134,10 +134,7 @@ def _described_gpus(target: Slice) -> Sequence[jax.Device]:
             f"--compile: the compiler has no description of {chip.name}; leave --compile away, or use cpu:N"
         )
     if importlib.util.find_spec(PLUGIN) is None:
-        raise UserError(
-            f"--compile: for {chip.name} it needs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt; "
-            f"leave --compile away, or use cpu:N"
-        )
+        raise UserError(f"--compile: for {chip.name} it needs: {INSTALL_PLUGIN}; leave --compile away, or use cpu:N")
     described = re.sub(r"device_memory_size: \d+", f"device_memory_size: {chip.memory_bytes:.0f}", TARGETS["h200"])
     in_a_node = math.gcd(chip.linked, target.num_chips)
     nodes = f"1x{target.num_chips // in_a_node}x{in_a_node}"
