@@ -152,6 +152,8 @@ def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]
         advice.append(f"weights, moments and gradients alone would fill {needed:.0f} such devices")
         if config.model.param_dtype == "float32":
             advice.append("config.model.param_dtype=bfloat16 and moment_dtype=bfloat16 halve them")
+    if memory.moments > memory.total / 4 and chip.platform != "cpu":
+        advice.append(f"config.mesh.moments=host keeps {size(memory.moments)} of moments on the host")
     if memory.activations + memory.temporaries > memory.total / 3:
         if config.model.remat in ("none", "dots"):
             advice.append("config.model.remat=full keeps only each layer's input, offload on the host")
