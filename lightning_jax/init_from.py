@@ -38,7 +38,9 @@ def begin_with(
     """
     manifest = newest_manifest(source / CHECKPOINTS)
     if manifest is None:
-        raise ConfigError([f"--init_from={source}: there is no checkpoint in this folder"])
+        released = any(source.glob("*.safetensors"))
+        hint = f"; python -m lightning_jax.convert --from={source} --to=FOLDER makes one of its weights" * released
+        raise ConfigError([f"--init_from={source}: there is no checkpoint in this folder{hint}"])
     has_head = programs.kind is RewardModel and any(path.startswith("params/backbone/") for path in manifest.leaves)
     kind = RewardModel if has_head else HybridLM
     weights, step = restore_weights(source, config.model, programs.mesh, kind=kind, say=say)

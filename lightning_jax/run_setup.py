@@ -21,6 +21,7 @@ from lightning_jax.input_pipeline import (
     prepare_tokenizer,
     unigram_cross_entropy,
 )
+from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.prompts import Prompts, read_prompts
 from lightning_jax.metrics import formatting, record_session
@@ -118,6 +119,8 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
     corpora = prepare(dataclasses.replace(config.data, corpora=chosen), tokenizer, progress=progress)
     for corpus in corpora.values():
         say(f"corpus {corpus}")
+    if any(each.content != "text" for each in chosen.values()) and end_of_turn(config.data, tokenizer) is None:
+        say("data.chat_template: the assistant's turn ends with no special token, so nothing teaches where to stop")
     room: dict[str, int] = {}  # for the prompts of a corpus, in all stages that draw from it
     fields: set[str] = set()  # of their records, by which prompts are left out
     for stage in stages:
