@@ -119,7 +119,7 @@ def plot(compared: dict[str, dict[str, list[Curve]]], path: Path, *, dashed: Col
         for number, (name, runs) in enumerate(curves.items()):
             rewards = np.array([each["reward"] for each in runs])
             completions = np.mean([each["completions"] for each in runs], axis=0)
-            style = {"linestyle": "--" if name in dashed else "-", "linewidth": 3.5 - 0.5 * number}  # some coincide
+            style = {"linestyle": "--" if name in dashed else "-", "linewidth": 4.5 - 0.8 * number}  # some coincide
             for panel, x in zip(panels, (runs[0]["updates"], completions), strict=True):
                 (line,) = panel.plot(x, rewards.mean(axis=0), label=name, **style)
                 panel.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), alpha=0.15, color=line.get_color())

@@ -10,7 +10,7 @@ import forgotten_carries
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-LESS = ["--algorithms", "CISPO", "DAPO", "--seeds=1", "--rates", "3e-4:3", "--passes=3"]
+LESS = ["--algorithms", "CISPO", "DAPO", "--seeds=1", "--rates", "3e-4:2", "--passes=5"]
 
 
 def test_the_fork_is_where_the_right_answer_leaves_the_forgetful_one():
