@@ -267,7 +267,8 @@ class RunConfig:
                     pieces = model.capacity_group * mesh["sequence"]
                     splits.append((field, stage.context_length, "sequence x model.capacity_group", pieces))
         return [
-            f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
+            f"config.{field}: {size} does not divide over mesh {axis}={parts}; "
+            f"make it a multiple of {parts}, or {axis} a divisor of {size}"
             for field, size, axis, parts in splits
             if size % parts
         ]
