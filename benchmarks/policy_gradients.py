@@ -1,20 +1,19 @@
 """Algorithms of reinforcement learning beside each other where the right token is rare: does clipping hurt?
 
     export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false   # threads cost such a small model more than they give
-    python benchmarks/policy_gradients.py                 # five algorithms, three seeds, two settings
-    python benchmarks/policy_gradients.py --settings common --algorithms CISPO DAPO --seeds 1   # less of it
+    python benchmarks/policy_gradients.py                 # five algorithms, three seeds, two learning rates
+    python benchmarks/policy_gradients.py --rates 3e-4:3 --algorithms CISPO DAPO --seeds 1   # less of it
 
-The task has a fork. A small hybrid model is taught additions with a carry of which most demonstrations forget it, then
-rewarded for right sums of others; the first digit that a carry changes is a token of a low probability on which
-everything depends, which is where MiniMax-M1 (arXiv 2506.13585, section 3.1) says that clipping tokens hurts. A fifth
-of the pairs of numbers is held out, by a hash. The runs are those of the main job, from the same fine-tuned model; GRPO
-and PPO's clip sample without DAPO's replacement of prompts, the others with it. The settings differ in how many
-demonstrations are right.
+MiniMax-M1 (arXiv 2506.13585, section 3.1) says that tokens which are rare and on which a completion turns were clipped
+out after the first update on a policy's rollouts, and did not contribute to the other 15. Here such a fork is made: a
+small hybrid model is taught additions, worked out in up to 20 tokens, of which 97% forget to carry, and then rewarded
+for right sums. A fifth of the pairs of numbers is held out of both, by a hash.
 
-Runs lie in --folder. Stopped and started again, those that are finished are not made again and the one that was not
-goes on. Writes policy_gradients.md, .json and .png to benchmarks/results/: rewards at equal updates, and at equal
-completions generated, of which replacing prompts takes more; and of the first generation how far its own updates moved
-the right carries and all other tokens.
+The runs are those of the main job, from the same fine-tuned model, with 16 updates on the rollouts of a policy. GRPO
+and PPO's clip sample without DAPO's replacement of prompts, the others with it. Runs lie in --folder. Stopped and
+started again, those that are finished are not made again and the one that was not goes on. Writes policy_gradients.md,
+.json and .png to benchmarks/results/: rewards at equal updates, and at equal completions generated, of which replacing
+prompts takes more; and of the first generation how far its own updates moved the right forks and all other tokens.
 """
 
 import argparse
@@ -25,25 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 import recording
 from flax import nnx
 from forgotten_carries import fork, write_additions
+from reward_curves import Curve, curve, differences, plot, table
 
 from lightning_jax import train
-from lightning_jax.metrics import read_metrics
 from lightning_jax.objectives.policy_gradient import ADVANTAGES, OLD, sequence_log_probs
 from lightning_jax.reinforcement.sampling_policy import Position
 from lightning_jax.trained_model import load_model
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 CONFIG = str(Path(__file__).parents[1] / "configs" / "minimax_m1.py") + ":laptop"
-SETTINGS = {"common": 0.3, "rare": 0.03}  # the share of demonstrations that is right
 SAMPLES, ROWS, UPDATES = 16, 32, 16
-SFT_CONTEXT, CONTEXT, MAX_NEW_TOKENS = 48, 16, 5
+SFT_ROWS, SFT_CONTEXT = 16, 96
+CONTEXT, MAX_NEW_TOKENS = 32, 22
+RIGHT = 0.03  # of the demonstrations
+RATES = ("1e-4:12", "3e-4:6")
 DYNAMIC = {"rollouts.dynamic_sampling": True, "rollouts.max_refills": 5}
 STATIC = {"rollouts.dynamic_sampling": False, "rollouts.max_refills": 0}
 DAPO_HIGH = 0.28
@@ -81,11 +78,12 @@ MODEL = {
     "metrics.sample_tokens": 0,
     "checkpoints.every_steps": 0,
 }
-Curve = dict[str, list[float]]
 
 
-def run(folder: Path, name: str, stage: str, length: int, init_from: Path | None = None, **overrides: object) -> None:
-    """Trains one stage, of rows of so many tokens, in a folder of its own, or goes on where it was stopped."""
+def run(
+    folder: Path, name: str, stage: str, rows: int, length: int, init_from: Path | None = None, **overrides: object
+) -> None:
+    """Trains one stage, a batch being so many rows of so many tokens, in a folder of its own, or goes on there."""
     if (folder / name / "finished").exists():
         return
     settings = MODEL | {
@@ -95,7 +93,7 @@ def run(folder: Path, name: str, stage: str, length: int, init_from: Path | None
         "data.corpora.legs.path": folder / f"{stage}.jsonl",
         "data.chat_template": folder / "chat.jinja",
         f"stages.{stage}.context_length": length,
-        f"stages.{stage}.batch_size.tokens": ROWS * length,
+        f"stages.{stage}.batch_size.tokens": rows * length,
     }
     settings |= {name.replace("__", "."): value for name, value in overrides.items()}
     arguments = [f"--config={CONFIG}", f"--workdir={folder / name}"]
@@ -114,6 +112,7 @@ def fine_tune(folder: Path, *, passes: float, rate: float = 4e-3) -> None:
         folder,
         "sft",
         "sft",
+        SFT_ROWS,
         SFT_CONTEXT,
         stages__sft__passes__count=passes,
         stages__sft__schedule__peak=rate,
@@ -130,6 +129,7 @@ def learn(folder: Path, algorithm: str, seed: int, *, generations: int, rate: fl
         folder,
         name,
         "rl",
+        ROWS,
         CONTEXT,
         folder / "sft",
         seed=seed,
@@ -151,27 +151,10 @@ def learn(folder: Path, algorithm: str, seed: int, *, generations: int, rate: fl
     return folder / name
 
 
-def curve(run_folder: Path) -> Curve:
-    """What a run recorded: rewards and completions by generation, the held-out reward, shares of tokens by update."""
-    records = read_metrics(run_folder)
-    made = [record for record in records if "reward" in record]
-    updates = [record for record in records if "clip_share" in record]
-    measured = [record for record in records if "validation_reward" in record]
-    return {
-        "reward": [record["reward"] for record in made],
-        "completions": [record["prompts"] * SAMPLES for record in made],
-        "held_out_steps": [record["step"] for record in measured],
-        "held_out": [record["validation_reward"]["legs"] for record in measured],
-        "clip_share": [record["clip_share"] for record in updates],
-        "cap_share": [record["cap_share"] for record in updates],
-        "entropy": [record["entropy"] for record in updates],
-    }
-
-
 def moved(run_folder: Path, bound: float) -> dict[str, float]:
-    """Of the last generation, the tokens of right sums that its updates made more than `bound` times as likely.
+    """Of the last generation, the tokens of right answers that its updates made more than `bound` times as likely.
 
-    Shares of the right carries (the first digit that the carry changes) and of all other tokens.
+    Shares of the right forks (the first token that the carry changes) and of all other tokens.
     """
     model = load_model(run_folder, say=print)
     newest = max((run_folder / "rollouts").glob("rl_*.npz"), key=lambda path: int(path.stem.partition("_")[2]))
@@ -184,105 +167,65 @@ def moved(run_folder: Path, bound: float) -> dict[str, float]:
 
     ratio_NT = np.exp(np.asarray(log_probs(model.params, rows)) - rows[OLD])
     right_NT = rows["loss_mask"] & (rows[ADVANTAGES] > 0)
-    carry_NT = np.zeros_like(right_NT)
+    fork_NT = np.zeros_like(right_NT)
     for row in np.flatnonzero(right_NT.any(axis=1)):
         places = np.flatnonzero(right_NT[row])
         a, b = (int(bytes(rows["inputs"][row, i : i + 2].astype(np.uint8))) for i in (0, 3))
-        carry_NT[row, places[fork(a, b)]] = True
+        fork_NT[row, places[fork(a, b)]] = True
     beyond_NT = ratio_NT > bound
     return {
-        "right carries": float(beyond_NT[carry_NT].mean()),
-        "other tokens": float(beyond_NT[right_NT & ~carry_NT].mean()),
-        "probability of a right carry": float(np.exp(rows[OLD])[carry_NT].mean()),
+        "right forks": float(beyond_NT[fork_NT].mean()),
+        "other tokens": float(beyond_NT[right_NT & ~fork_NT].mean()),
+        "probability of a right fork": float(np.exp(rows[OLD])[fork_NT].mean()),
     }
-
-
-def table(curves: dict[str, list[Curve]]) -> list[str]:
-    """Rewards at the end, with the least and the most of the seeds."""
-
-    def spread(values: list[float]) -> str:
-        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-    budget = min(each["completions"][-1] for runs in curves.values() for each in runs)
-    rows = [
-        "| algorithm | sampled, first third | sampled, end | held out, likeliest | at equal completions | clipped |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, runs in curves.items():
-        third = [float(np.mean(each["reward"][: max(len(each["reward"]) // 3, 1)])) for each in runs]
-        last = [float(np.mean(each["reward"][-3:])) for each in runs]
-        equal = [float(np.interp(budget, each["completions"], each["reward"])) for each in runs]
-        held_out = spread([each["held_out"][-1] for each in runs])
-        clipped = float(np.mean([np.mean(each["clip_share"]) for each in runs]))
-        cells = (name, spread(third), spread(last), held_out, spread(equal), f"{clipped:.1%}")
-        rows.append(f"| {' | '.join(cells)} |")
-    start = np.mean([each["reward"][0] for runs in curves.values() for each in runs])
-    held_out = np.mean([each["held_out"][0] for runs in curves.values() for each in runs])
-    return [*rows, "", f"At the start: {start:.3f} sampled, {held_out:.3f} held out. Equal completions: {budget:,}."]
-
-
-def plot(settings: dict[str, dict[str, list[Curve]]], path: Path) -> None:
-    """Rewards by updates and by completions, the mean of the seeds in a band from the least to the most."""
-    size = (10, 3.4 * len(settings))
-    figure, panels_SX = plt.subplots(len(settings), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for panels, (setting, curves) in zip(panels_SX, settings.items(), strict=True):
-        for name, runs in curves.items():
-            rewards = np.array([each["reward"] for each in runs])
-            completions = np.mean([each["completions"] for each in runs], axis=0)
-            for panel, x in zip(panels, (np.arange(rewards.shape[1]) * UPDATES, completions), strict=True):
-                (line,) = panel.plot(x, rewards.mean(axis=0), label=name)
-                panel.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), alpha=0.15, color=line.get_color())
-        panels[0].set(ylabel=f"reward of sampled completions\n{SETTINGS[setting]:.0%} of demonstrations right")
-        for panel, axis in zip(panels, ("updates", "completions generated"), strict=True):
-            panel.set(xlabel=axis)
-            panel.grid(alpha=0.3)
-    panels_SX[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/policy_gradients"), help="of the runs")
     parser.add_argument("--results", type=Path, default=recording.RESULTS, help="where the files are written")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=50)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--rates", nargs="+", default=RATES, help="learning rate:generations")
     options = parser.parse_args()
+    if not (options.folder / "rl.jsonl").exists():
+        write_additions(options.folder, right=RIGHT, demonstrations=20_000, prompts=4_000)
+    fine_tune(options.folder, passes=options.passes)
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
-    for setting in options.settings:
-        curves, shares = compare(setting, options)
-        figures["curves"][setting], figures["moved"][setting] = curves, shares
-        lines += [f"## {setting}: {SETTINGS[setting]:.0%} of the demonstrations are right", "", *table(curves), ""]
-        lines += [*(describe_moved(name, each) for name, each in shares.items()), ""]
+    for pair in options.rates:
+        rate, _, generations = pair.partition(":")
+        curves, shares = compare(float(rate), int(generations), options)
+        title = f"learning rate {rate}"
+        figures["curves"][title], figures["moved"][title] = curves, shares
+        lines += [f"## {title.capitalize()}", "", *table(curves), *differences(curves)]
+        lines += [*(describe_moved(each, of) for each, of in shares.items()), ""]
     title = "# Policy gradients where the right token is rare"
     lines = [title, "", *lines, "![curves](policy_gradients.png)"]
     recording.write("policy_gradients", lines, figures, folder=options.results)
-    plot(figures["curves"], options.results / "policy_gradients.png")
+    static = [name for name, changes in ALGORITHMS.items() if changes.items() >= STATIC.items()]
+    plot(figures["curves"], options.results / "policy_gradients.png", dashed=static)
     return 0
 
 
-def compare(setting: str, options: argparse.Namespace) -> tuple[dict[str, list[Curve]], dict[str, dict[str, float]]]:
-    """The curves of every algorithm in a setting, one for each seed; and what the first updates moved."""
-    folder, given = options.folder / setting, {"rate": options.learning_rate}
-    if not (folder / "rl.jsonl").exists():
-        write_additions(folder, right=SETTINGS[setting], demonstrations=20_000, prompts=4_000)
-    fine_tune(folder, passes=options.passes)
-    curves: dict[str, list[Curve]] = {name: [] for name in options.algorithms}
-    for seed, name in itertools.product(range(options.seeds), options.algorithms):
-        curves[name].append(curve(learn(folder, name, seed, generations=options.generations, **given)))
-    once = {name: learn(folder, name, 0, generations=1, **given) for name in ("CISPO", "DAPO")}
-    return curves, {name: moved(each, 1 + DAPO_HIGH) for name, each in once.items()}
+def compare(
+    rate: float, generations: int, options: argparse.Namespace
+) -> tuple[dict[str, list[Curve]], dict[str, dict[str, float]]]:
+    """The curves of every algorithm, one for each seed; and what the first updates moved."""
+    curves: dict[str, list[Curve]] = {algorithm: [] for algorithm in options.algorithms}
+    for seed, algorithm in itertools.product(range(options.seeds), options.algorithms):
+        run_folder = learn(options.folder, algorithm, seed, generations=generations, rate=rate)
+        curves[algorithm].append(curve(run_folder, samples=SAMPLES))
+    once = {each: learn(options.folder, each, 0, generations=1, rate=rate) for each in ("CISPO", "DAPO")}
+    return curves, {each: moved(of, 1 + DAPO_HIGH) for each, of in once.items()}
 
 
 def describe_moved(name: str, shares: dict[str, float]) -> str:
     return (
-        f"- {name}: the updates on the first generation made {shares['right carries']:.0%} of its right carries more "
-        f"than {1 + DAPO_HIGH} times as likely, and {shares['other tokens']:.0%} of the other tokens of right sums; a "
-        f"right carry had a probability of {shares['probability of a right carry']:.3f}."
+        f"- {name}: the updates on the first generation made {shares['right forks']:.0%} of its right forks more "
+        f"than {1 + DAPO_HIGH} times as likely, and {shares['other tokens']:.0%} of the other tokens of right answers; "
+        f"a right fork had a probability of {shares['probability of a right fork']:.3f}."
     )
 
 

@@ -46,8 +46,9 @@ Prompts of mathematics, logic and code at first, then general ones mixed in grad
 general_graded and general judged by a language model, with a ground truth and against a reference response; and a tenth
 for the form. Undisclosed, and ours here: the cap of 5 (ScaleRL's, arXiv 2510.13786), 16 completions of 512
 prompts and the buffer of 4,096 tokens (DAPO's), learning rate, weight decay, clipping and steps, what counts as
-converged and as near, the share of general prompts, the weight of the form. Not here: the paper's software tasks, which
-need containers.
+converged and as near, the share of general prompts, the weight of the form; and the mean over tokens at all lengths,
+where section 5 combines losses of samples and of tokens in a way that it does not say
+(lightning_jax/reinforcement/README.md). Not here: the paper's software tasks, which need containers.
 
 Data of 1b, 8b and 456b, each document a JSON line with its text in "text", all files *.jsonl.zst: data/minimax_m1/web,
 stem, code, books, reasoning, and for the extension long_32k_128k and long_over_128k (documents of such lengths in

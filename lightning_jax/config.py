@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,7 @@ from lightning_jax.models.config import LoraConfig, ModelConfig
 from lightning_jax.objectives.config import PreferenceConfig, RewardModelConfig
 from lightning_jax.optimizers import BatchSizeConfig, BatchSizes, OptimizerConfig, ScheduleConfig
 from lightning_jax.parallel.config import MeshConfig
-from lightning_jax.parallel.mesh import MeshError, resolve
-from lightning_jax.parallel.sharding import RULES
+from lightning_jax.parallel.mesh import resolve
 from lightning_jax.reinforcement.config import ReinforcementConfig, ValueConfig
 
 
@@ -197,6 +197,12 @@ class RunConfig:
                     f"stages.{name}.reinforcement.value.model.vocab_size: {value_model.vocab_size} is not the policy's "
                     f"{self.model.vocab_size}; both read the same tokens"
                 )
+        shares = [stage.reinforcement.rollouts.devices if stage.reinforcement else {} for stage in chosen]
+        if any(share != shares[0] for share in shares):
+            found.append(
+                "run_stages: reinforcement.rollouts.devices differs between stages, whose mesh is of all other "
+                "devices; run the stage that has them alone, with --init_from=FOLDER of the run before it"
+            )
         if not self.run_stages:
             found.append(f"run_stages: no stage; {nearest_name('', self.stages)}")
         if self.lora:
@@ -230,52 +236,20 @@ class RunConfig:
                 found.append(f'mixture.packing: "{stage.mixture.packing}" is not for {content}, and {name} is that')
         return found
 
-    def problems_on(self, num_devices: int) -> list[str]:
-        """What keeps this config from running on `num_devices` devices: sizes that the mesh does not divide."""
-        try:
-            mesh = self.resolved_mesh(num_devices)
-        except MeshError as error:
-            return [f"config.{error}"]
-        model = self.model
-
-        def over(logical_axis: str) -> tuple[str, int]:
-            axes = RULES.mesh_axes(logical_axis)
-            return " x ".join(axes), math.prod(mesh[axis] for axis in axes)
-
-        splits = [
-            ("model.num_heads", model.num_heads, *over("heads")),
-            ("model.intermediate_size", model.intermediate_size, *over("expert_mlp" if model.num_experts else "mlp")),
-            ("model.vocab_size", model.vocab_size, *over("vocab")),
-            ("model.hidden_size", model.hidden_size, *over("embed")),
-        ]
-        if "softmax" in model.layer_pattern:
-            splits.append(("model.num_kv_heads", model.num_kv_heads, *over("kv_heads")))
-        if model.num_experts:
-            splits.append(("model.num_experts", model.num_experts, *over("experts")))
-        for name in self.run_stages:
-            stage = self.stages[name]
-            for tokens in stage.batch_size.tokens:
-                rows = tokens // stage.context_length
-                field = f"stages.{name}.batch_size.tokens / context_length"
-                splits.append((field, rows, *over("batch")))
-            if mesh["sequence"] > 1:
-                # Softmax layers give each device two pieces of a row, so that all have the same work.
-                field, pieces = f"stages.{name}.context_length", 2 * mesh["sequence"]
-                splits.append((field, stage.context_length, "2 x sequence", pieces))
-                if model.num_experts and model.expert_dispatch == "capacity":
-                    # Each device counts the places of whole groups.
-                    pieces = model.capacity_group * mesh["sequence"]
-                    splits.append((field, stage.context_length, "sequence x model.capacity_group", pieces))
-        return [
-            f"config.{field}: {size} does not divide over mesh {axis}={parts}; "
-            f"make it a multiple of {parts}, or {axis} a divisor of {size}"
-            for field, size, axis, parts in splits
-            if size % parts
-        ]
-
     def resolved_mesh(self, num_devices: int) -> dict[str, int]:
-        """The size of each mesh axis. Raises MeshError where the mesh does not fit the devices."""
-        return resolve(self.mesh, num_devices)
+        """The size of each axis of the mesh that trains. Raises MeshError where it does not fit the devices."""
+        return resolve(self.mesh, num_devices - self.num_rollout_devices)
+
+    @property
+    def rollout_mesh(self) -> MeshConfig | None:
+        """Of the devices that make rollouts and nothing else; None where there are none."""
+        learning = self.stages[self.run_stages[0]].reinforcement  # they are the same in all stages
+        return MeshConfig.of(**learning.rollouts.devices) if learning and learning.rollouts.devices else None
+
+    @property
+    def num_rollout_devices(self) -> int:
+        """Of `rollout_mesh`."""
+        return math.prod(self.rollout_mesh.sizes().values()) if self.rollout_mesh else 0
 
     def to_json(self) -> str:
         """The resolved config, as it is written beside every run and into every checkpoint."""
@@ -292,8 +266,8 @@ def nearest_name(name: str, valid: Iterable[str]) -> str:
 
 
 def differences(before: Any, after: Any, *, ignore: Sequence[str] = (), path: str = "") -> list[str]:
-    """Where two configs, as JSON holds them, differ: a line for each field, but for what lies at a path of `ignore`."""
-    if path in ignore or before == after:
+    """Where two configs, as JSON holds them, differ: a line for each field, but for paths that match `ignore`."""
+    if before == after or any(fnmatch.fnmatch(path, pattern) for pattern in ignore):
         return []
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return [f"config.{path} is {json.dumps(after)}, but was {json.dumps(before)} when the run was started"]

@@ -146,7 +146,7 @@ def _apply_override(config: dict[str, Any], override: str) -> str | None:
     section, names = config, dotted.split(".")
     for depth, name in enumerate(names):
         here = ".".join(["config", *names[: depth + 1]])
-        schema = _without_none(schema)
+        schema = without_none(schema)
         if dataclasses.is_dataclass(schema):
             hints = typing.get_type_hints(schema)
             if name not in hints:
@@ -158,9 +158,9 @@ def _apply_override(config: dict[str, Any], override: str) -> str | None:
                 return f"--{here}: no such name; {nearest_name(name, section)}"
         if depth + 1 == len(names):
             break
-        if not dataclasses.is_dataclass(_without_none(schema)) and typing.get_origin(schema) is not dict:
+        if not dataclasses.is_dataclass(without_none(schema)) and typing.get_origin(schema) is not dict:
             return f"--{path}: {here} is {_type_name(schema)}, it has no fields"
-        if section.get(name) is None and dataclasses.is_dataclass(_without_none(schema)):
+        if section.get(name) is None and dataclasses.is_dataclass(without_none(schema)):
             section[name] = {}  # what is missing in it will be told
         section = section.get(name)
         if not isinstance(section, dict):
@@ -168,8 +168,8 @@ def _apply_override(config: dict[str, Any], override: str) -> str | None:
     try:
         section[names[-1]] = _from_text(schema, text)
     except ValueError:
-        if dataclasses.is_dataclass(_without_none(schema)):
-            fields = ", ".join(typing.get_type_hints(_without_none(schema)))
+        if dataclasses.is_dataclass(without_none(schema)):
+            fields = ", ".join(typing.get_type_hints(without_none(schema)))
             return f"--{path}: a section; set one of its fields: {fields}"
         return f"--{path}={text}: not {_type_name(schema)}"
     return None
@@ -179,7 +179,7 @@ def _from_text(schema: Any, text: str) -> Any:
     """Reads command-line text as a type of the schema; ValueError if it is none."""
     origin, arguments = typing.get_origin(schema), typing.get_args(schema)
     if origin in (types.UnionType, typing.Union):
-        return None if text.lower() == "none" else _from_text(_without_none(schema), text)
+        return None if text.lower() == "none" else _from_text(without_none(schema), text)
     if schema is str or (origin is Literal and all(isinstance(each, str) for each in arguments)):
         return text
     if schema is bool:
@@ -206,7 +206,7 @@ def _from_text(schema: Any, text: str) -> Any:
     raise ValueError(text)
 
 
-def _without_none(schema: Any) -> Any:
+def without_none(schema: Any) -> Any:
     if typing.get_origin(schema) in (types.UnionType, typing.Union):
         return next(each for each in typing.get_args(schema) if each is not type(None))
     return schema

@@ -41,8 +41,9 @@ from lightning_jax.model_folders import (
 from lightning_jax.models import HybridLM, RewardModel, hugging_face
 from lightning_jax.models.hugging_face import Piece
 from lightning_jax.models.hugging_face_config import caveats, write_config
+from lightning_jax.stored_config import to_store
 from lightning_jax.text_files import copy_texts, padding_token, write_json, write_texts
-from lightning_jax.weights import HostAdapters, adapters_of
+from lightning_jax.weights import HostAdapters
 
 BLOCK_ELEMENTS = 2 << 20
 SYNC_ELEMENTS = 1 << 30  # so much is synced to disk and put on record at once
@@ -86,7 +87,7 @@ def import_model(source: HuggingFaceFolder, target: Path, *, say: Say) -> None:
         copy_texts(source.path, folder / ORIGINAL)
         shutil.copyfile(source.path / CONFIG, folder / ORIGINAL / CONFIG)
         metadata = {
-            "model": dataclasses.asdict(config),
+            **to_store(config),
             "context_length": source.context_length,
             "router_dtype": source.router_dtype,
         }
@@ -136,10 +137,10 @@ def export_model(
         say(caveat)
     all_pieces = hugging_face.reward_model_pieces if scores else hugging_face.pieces
     pieces = all_pieces(config, hugging_face.feed_forward_names(config))
-    adapters, changes, folders = adapters_of(manifest), HostAdapters(0.0, {}), [source]
-    if adapters:
+    changes, folders = HostAdapters(0.0, {}), [source]
+    if source.adapters:
         kind = RewardModel if scores else HybridLM
-        changes = HostAdapters.read(source.path, config, adapters, kind=kind, say=say)
+        changes = HostAdapters.read(source.path, config, source.adapters, kind=kind, say=say)
         folders.append(RunFolder.open(source.path / BASE))
     holders = {path: folder for folder in folders for path in folder.manifest.leaves}
     router_dtype = manifest.metadata.get("router_dtype", "float32")

@@ -1,6 +1,5 @@
 """How a run begins with the weights of another one, and a value model with those of a reward model or of the policy."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lightning_jax.model_folders import BASE, CHECKPOINTS
 from lightning_jax.models import HybridLM, RewardModel, lora
 from lightning_jax.programs import Programs
 from lightning_jax.stages import Stage
+from lightning_jax.stored_config import to_store
 from lightning_jax.train_step import TrainState
 from lightning_jax.weights import restore_params, restore_weights, save_params
 
@@ -38,7 +38,9 @@ def begin_with(
     """
     manifest = newest_manifest(source / CHECKPOINTS)
     if manifest is None:
-        raise ConfigError([f"--init_from={source}: there is no checkpoint in this folder"])
+        released = any(source.glob("*.safetensors"))
+        hint = f"; python -m lightning_jax.convert --from={source} --to=FOLDER makes one of its weights" * released
+        raise ConfigError([f"--init_from={source}: there is no checkpoint in this folder{hint}"])
     has_head = programs.kind is RewardModel and any(path.startswith("params/backbone/") for path in manifest.leaves)
     kind = RewardModel if has_head else HybridLM
     weights, step = restore_weights(source, config.model, programs.mesh, kind=kind, say=say)
@@ -46,7 +48,7 @@ def begin_with(
     leaves = named_leaves(weights if kind is programs.kind else nnx.State({"backbone": weights}))
     if config.lora:
         base = rebuild(lora.plain_of(programs.abstract_frozen[0], config.lora), leaves)
-        save_params(run / BASE, base, {"model": dataclasses.asdict(config.model)})
+        save_params(run / BASE, base, to_store(config.model))
         freeze_base(run, config, programs, say)
     own = named_leaves(state.params)
     return state._replace(params=rebuild(state.params, own | {path: leaves.get(path, own[path]) for path in own}))

@@ -14,7 +14,6 @@ from lightning_jax.checkpoints.manifest import DamagedError
 from lightning_jax.checkpoints.restoring import committed_steps, read_manifest
 from lightning_jax.checkpoints.safetensors_folder import Tensor, check_place, open_folder
 from lightning_jax.config import RunConfig
-from lightning_jax.config_reader import INVALID, parse
 from lightning_jax.errors import UserError
 from lightning_jax.input_pipeline import Tokenizer, prepare_tokenizer
 from lightning_jax.input_pipeline.chat_masks import end_of_turn
@@ -22,8 +21,10 @@ from lightning_jax.input_pipeline.chat_templates import open_template, template_
 from lightning_jax.input_pipeline.tokenizers import FileTokenizer
 from lightning_jax.models import ModelConfig
 from lightning_jax.models import hugging_face as names
+from lightning_jax.models.config import LoraConfig
 from lightning_jax.models.hugging_face_config import HuggingFaceError, read_config
 from lightning_jax.stages import plan_stages
+from lightning_jax.stored_config import read_stored
 
 # In a run's folder; the second where it was imported, the third where it trains adapters: what they belong to.
 CHECKPOINTS, ORIGINAL, BASE = "checkpoints", "hugging_face", "base"
@@ -129,30 +130,29 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Raises UserError where there is no checkpoint, or one of another version of this package."""
+        """Raises UserError where there is no checkpoint, or one that this version of the package cannot read."""
         manifest = newest_manifest(path / CHECKPOINTS)
         if manifest is None:
             raise ModelFolderError("\n".join(_rejected(path)))
         if "model" in manifest.metadata:
             return cls(path, manifest, None)
-        run, problems = parse(RunConfig, manifest.metadata.get("config"))
-        if run is INVALID:
-            raise ModelFolderError("\n".join(f"{path}: {problem}" for problem in problems))
-        return cls(path, manifest, run)
+        return cls(path, manifest, read_stored(RunConfig, manifest.metadata, path))
 
     def config(self, step: int | None = None) -> ModelConfig:
         """The model as it was trained at a step, the newest if not given: with the rotary base of that stage."""
         if self.run is None:
-            model, problems = parse(ModelConfig, self.manifest.metadata["model"], "model")
-            if problems:
-                raise ModelFolderError("\n".join(f"{self.path}: {problem}" for problem in problems))
-            return model
+            return read_stored(ModelConfig, self.manifest.metadata, self.path)
         return dataclasses.replace(self.run.model, rope_theta=self._stage(step).rope_theta)
 
     @property
     def is_reward_model(self) -> bool:
         """Whether it has a head that scores in place of a vocabulary."""
         return self.run is not None and self.run.stages[self.run.run_stages[0]].objective == "reward_model"
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """That its checkpoints hold in place of weights."""
+        return self.run and self.run.lora
 
     @property
     def context_length(self) -> int | None:

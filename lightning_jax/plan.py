@@ -20,6 +20,7 @@ import numpy as np
 from lightning_jax.command_line import run_command, say, show
 from lightning_jax.config import ConfigError, RunConfig, nearest_name
 from lightning_jax.errors import UserError
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.metrics.formatting import count, scientific
 from lightning_jax.optimizers import learning_rate
 from lightning_jax.planning.compiled import compile_step, described_devices
@@ -109,7 +110,7 @@ def _plan_on_devices(
     if options.mesh:
         config, why = with_mesh(config, options.mesh, chosen, target)
         show(why, end="\n\n")
-    if problems := config.problems_on(target.num_devices):
+    if problems := problems_on(config, target.num_devices):
         raise ConfigError(problems)
     if not divides_slices(config.resolved_mesh(target.num_devices), target):
         raise UserError(f"config.mesh: {target.num_slices} slices do not divide its axes; use data={target.num_slices}")

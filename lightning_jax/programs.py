@@ -42,7 +42,7 @@ class Programs:
     Attributes:
       kind: of model.
       value: the programs of the value model, where a stage has one.
-      mesh: the devices.
+      mesh: the devices that train.
       shards: into how many parts they split the rows of a batch.
       host: which part of a batch's rows this host reads.
       abstract_state: shapes, dtypes and shardings of the train state.
@@ -52,7 +52,11 @@ class Programs:
 
     def __init__(self, config: RunConfig, stages: list[Stage], devices: Sequence[jax.Device] | None = None):
         self._config = config
-        self.mesh = parallel.make_mesh(config.mesh, devices)
+        devices = jax.devices() if devices is None else devices
+        num_training = len(devices) - config.num_rollout_devices
+        self.mesh = parallel.make_mesh(config.mesh, devices[:num_training])
+        share = config.rollout_mesh and parallel.make_mesh(config.rollout_mesh, devices[num_training:])
+        self._rollout_mesh = share or parallel.without_sequence(self.mesh)
         self.shards = parallel.batch_shards(self.mesh)
         self._rows = parallel.batch_sharding(self.mesh)
         self.host = parallel.rows_of_host(self.mesh, jax.process_index())
@@ -175,9 +179,9 @@ class Programs:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
 
     def to_generate(self, params: nnx.State) -> tuple[Mesh, nnx.State]:
-        """The mesh on which completions are generated, where axis "sequence" serves rows, and the weights on it."""
-        mesh, weights = parallel.without_sequence(self.mesh), self.merged(params)
-        return mesh, jax.device_put(weights, parallel.shardings(weights, mesh))
+        """The mesh that makes completions, and the weights on it: a copy where its devices do not train."""
+        weights = self.merged(params)
+        return self._rollout_mesh, jax.device_put(weights, parallel.shardings(weights, self._rollout_mesh))
 
     def evaluation_rows(self, stage: Stage) -> int:
         """Rows of a batch that needs no micro-batches."""

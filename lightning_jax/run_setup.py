@@ -21,6 +21,7 @@ from lightning_jax.input_pipeline import (
     prepare_tokenizer,
     unigram_cross_entropy,
 )
+from lightning_jax.input_pipeline.chat_masks import end_of_turn
 from lightning_jax.input_pipeline.examples import pack
 from lightning_jax.input_pipeline.prompts import Prompts, read_prompts
 from lightning_jax.metrics import formatting, record_session
@@ -118,6 +119,8 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
     corpora = prepare(dataclasses.replace(config.data, corpora=chosen), tokenizer, progress=progress)
     for corpus in corpora.values():
         say(f"corpus {corpus}")
+    if any(each.content != "text" for each in chosen.values()) and end_of_turn(config.data, tokenizer) is None:
+        say("data.chat_template: the assistant's turn ends with no special token, so nothing teaches where to stop")
     room: dict[str, int] = {}  # for the prompts of a corpus, in all stages that draw from it
     fields: set[str] = set()  # of their records, by which prompts are left out
     for stage in stages:
@@ -137,13 +140,14 @@ def open_data(config: RunConfig, say: Callable[[str], None]) -> Data:
 def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -> dict[str, str | list[str]]:
     """The facts in the header of a run."""
     model, devices = config.model, jax.devices()
-    sizes = config.resolved_mesh(len(devices))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "none"
+    split = _split(config.resolved_mesh(len(devices)))
+    if config.rollout_mesh:
+        split += f"; {config.num_rollout_devices} of them make rollouts, split: {_split(config.rollout_mesh.sizes())}"
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     kinds = " + ".join(f"{run.length} {run.kind}" for run in runs(model.layer_pattern))
     return {
         "size": config.size_reason,
-        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}, split: {mesh}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}{hosts}, split: {split}",
         "model": (
             f"{formatting.count(model.num_parameters())} parameters, "
             f"{formatting.count(model.num_active_parameters())} active without embeddings; "
@@ -159,6 +163,10 @@ def describe(config: RunConfig, stages: Sequence[Stage], folder: pathlib.Path) -
         ],
         "folder": str(folder),
     }
+
+
+def _split(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "none"
 
 
 def _adapters(config: RunConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from lightning_jax import parallel
 from lightning_jax.config import RunConfig
 from lightning_jax.models import RewardModel
 from lightning_jax.objectives import Value
-from lightning_jax.objectives.value import predicted_values
+from lightning_jax.objectives.forward import training_forward
 from lightning_jax.optimizers import build_optimizer, learning_rate
 from lightning_jax.stages import Stage
 from lightning_jax.train_step import Batch, TrainState, TrainStep, make_train_step
@@ -53,7 +53,7 @@ class ValuePrograms:
         """(weights, batch) -> the value [B, T] of what stands up to each input."""
 
         def values(weights: nnx.State, batch: Batch) -> jax.Array:
-            return predicted_values(nnx.merge(self._graphdef, weights), batch, stage.config.rope_theta)[0]
+            return training_forward(nnx.merge(self._graphdef, weights), batch, stage.config.rope_theta)[0]
 
         return jax.jit(values, out_shardings=self._rows)
 

@@ -16,9 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lightning_jax import parallel
-from lightning_jax.checkpoints import CheckpointConfig, Checkpoints, Manifest, newest_manifest, restore_newest
-from lightning_jax.config_reader import parse
-from lightning_jax.model_folders import BASE, CHECKPOINTS, ModelFolderError
+from lightning_jax.checkpoints import CheckpointConfig, Checkpoints, restore_newest
+from lightning_jax.model_folders import BASE, CHECKPOINTS, ModelFolderError, RunFolder
 from lightning_jax.models import HybridLM, ModelConfig, lora
 from lightning_jax.models.config import LoraConfig
 
@@ -54,9 +53,7 @@ def restore_weights(
         UserError: there is no checkpoint in the folder, none verifies, or they are of another model.
     """
     _, plain = abstract_model(config, mesh, kind=kind)
-    manifest = newest_manifest(run / CHECKPOINTS)
-    adapters = manifest and adapters_of(manifest)
-    if not adapters:
+    if not (adapters := RunFolder.open(run).adapters):
         return restore_params(run, plain, say=say)
     trained, frozen = lora.split(abstract_model(config, mesh, kind=kind, adapters=adapters)[1])
     base, _ = restore_params(run / BASE, lora.plain_of(frozen, adapters), say=say)
@@ -75,14 +72,6 @@ def restore_params(run: Path, abstract: nnx.State, *, say: Callable[[str], None]
     if restored is None:
         raise ModelFolderError(f"{run}: there is no whole checkpoint in it")
     return restored.state["params"], restored.step
-
-
-def adapters_of(manifest: Manifest) -> LoraConfig | None:
-    """The adapters that a checkpoint holds in place of weights; None where it holds weights."""
-    adapters, problems = parse(LoraConfig | None, manifest.metadata.get("config", {}).get("lora"), "config.lora")
-    if problems:
-        raise ModelFolderError("\n".join(problems))
-    return adapters
 
 
 def save_params(run: Path, params: nnx.State, metadata: dict[str, Any]) -> None:

@@ -249,3 +249,9 @@ def test_adapters_of_a_reward_model(folder):
 def test_adapters_without_a_model_are_refused(folder, capsys):
     assert train.main(arguments(folder, "nothing", **ADAPTERS, **LIVE)) == 2
     assert "adapters belong to a model; name the folder of its run by --init_from" in capsys.readouterr().err
+
+
+def test_preference_tuning_of_fresh_weights_is_said(folder, capsys):
+    command = arguments(folder, "fresh", run_stages="dpo", stages__dpo__passes__count=0.1)
+    assert train.main(command) == 0
+    assert "stage dpo begins with fresh weights; --init_from=FOLDER" in capsys.readouterr().out

@@ -1,5 +1,6 @@
-"""The header of a run says which kernel computes lightning attention and why, and that kernel is in the model."""
+"""What a run says before its first step: which kernel computes lightning attention, and what its chats lack."""
 
+import json
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ from tiny_model import tiny_model
 
 from lightning_jax.config_reader import load_config
 from lightning_jax.models import HybridLM
-from lightning_jax.run_setup import describe
+from lightning_jax.run_setup import describe, open_data
 from lightning_jax.stages import plan_stages
 from pallas_kernels.tpu import attention as tpu
 
@@ -61,3 +62,23 @@ def test_the_model_is_traced_with_the_kernel_that_is_said(accelerator, request):
     program = str(jax.make_jaxpr(jax.grad(loss, allow_int=True))(parameters, tokens))
     for direction in ("forward", "backward"):
         assert (f"lightning_attention_{direction}" in program) == accelerator
+
+
+@pytest.mark.parametrize(("template", "said"), [("chatml", True), ("tulu", False)])
+def test_a_template_that_ends_turns_in_text_is_said(template, said, tmp_path):
+    chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3)
+    overrides = {
+        "model.vocab_size": 257,
+        "run_stages": "sft",
+        "data.tokenizer.kind": "bytes",
+        "data.tokenizer.vocab_size": 257,
+        "data.corpora.arithmetic.format": "jsonl",
+        "data.corpora.arithmetic.path": tmp_path / "chats.jsonl",
+        "data.chat_template": template,
+        "data.cache_dir": tmp_path / "cache",
+    }
+    config = load_config("configs/tulu3.py:laptop", [f"{name}={value}" for name, value in overrides.items()])
+    lines: list[str] = []
+    open_data(config, lines.append)
+    assert any("the assistant's turn ends with no special token" in line for line in lines) == said

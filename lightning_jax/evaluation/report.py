@@ -10,8 +10,8 @@ from typing import Any
 
 from lightning_jax.errors import UserError
 from lightning_jax.files import replace_text
+from lightning_jax.metrics.figures import COLORS
 from lightning_jax.metrics.page import html_table, write_page
-from lightning_jax.metrics.plots import COLORS
 
 RESULTS_FILE, PAGE_FILE = "results.json", "evaluation.html"
 _LOW, _MIDDLE, _HIGH = ((0xEF, 0x44, 0x44), (0xFB, 0xD3, 0x8D), (0x10, 0xB9, 0x81))

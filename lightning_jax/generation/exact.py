@@ -27,7 +27,7 @@ from lightning_jax.generation.slots import sample_key
 from lightning_jax.generation.text import TextStream
 from lightning_jax.models import HybridLM, ModelConfig
 from lightning_jax.objectives.cross_entropy import map_logits
-from lightning_jax.objectives.policy_gradient import training_forward
+from lightning_jax.objectives.forward import training_forward
 
 KEYS, NUMBERS = "draw_keys", "draw_numbers"  # of a batch: [B, T, 2] and [B, T]
 

@@ -18,7 +18,7 @@ def watch(hosts: Hosts, seconds: float) -> Iterator[None]:
     """Inside, all hosts end with their stacks printed when this one does nothing new for so long; 0 for never.
 
     A thread looks at `hosts.since`. Where that thread itself cannot run, because another one holds Python's lock and
-    hangs, the interpreter prints the stacks and an alarm ends this host: a death, after which the run is started again.
+    hangs, the interpreter prints the stacks, and an alarm ends this host: a death, after which the run starts again.
     """
     if not seconds:
         yield

@@ -10,6 +10,7 @@ A prompt or an answer may be a text instead of messages. The document is {"chats
 its keys sorted, so that records that say the same are the same document.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -27,11 +28,8 @@ CHATS_PER_EXAMPLE: dict[Content, int] = {"text": 1, "conversations": 1, "prefere
 
 def chat_document(record: Any, content: Content) -> str | Problem:
     """The document of a record, or what is wrong with it and in which field."""
-    if isinstance(record, Problem):
-        return record
-    if not isinstance(record, dict):
-        return Problem("wrong type", f"the record is a {type(record).__name__}, not an object with fields")
     try:
+        record = _object(record)
         if content == "conversations":
             document = {"chats": [_answered(_messages(_field(record, "messages"), "messages"), "messages")]}
         else:
@@ -45,17 +43,14 @@ def chat_document(record: Any, content: Content) -> str | Problem:
 
 def chat_prompt(record: Any) -> tuple[list[Message], dict[str, Any]] | Problem:
     """What a record asks, and its other fields without those that are null; or what is wrong with it, and where."""
-    if isinstance(record, Problem):
-        return record
-    if not isinstance(record, dict):
-        return Problem("wrong type", f"the record is a {type(record).__name__}, not an object with fields")
-    name = "messages" if record.get("prompt") is None and record.get("messages") is not None else "prompt"
     try:
+        record = _object(record)
+        name = "messages" if record.get("prompt") is None and record.get("messages") is not None else "prompt"
         chat = _as_messages(_field(record, name), "user", name)
     except _RecordError as error:
         return error.problem
     if name == "messages":
-        chat = chat[: next((place for place, message in enumerate(chat) if _is_answer(message)), len(chat))]
+        chat = _question(chat)
     if not chat or _is_answer(chat[-1]):
         return Problem("nothing to answer", f"{name!r} does not end with a message to the assistant")
     return chat, {field: value for field, value in record.items() if field != name and value is not None}
@@ -69,13 +64,20 @@ def read_document(document: bytes) -> dict[str, Any]:
 def prompt(document: bytes) -> bytes:
     """What stands before the assistant's first turn: all documents with one prompt are held out, or none."""
     (first, *_) = json.loads(document)["chats"]
-    turn = next(place for place, message in enumerate(first) if message["role"] == "assistant")
-    return json.dumps(first[:turn], sort_keys=True, ensure_ascii=False).encode()
+    return json.dumps(_question(first), sort_keys=True, ensure_ascii=False).encode()
 
 
 class _RecordError(Exception):
     def __init__(self, problem: Problem):
         self.problem = problem
+
+
+def _object(record: Any) -> dict[str, Any]:
+    if isinstance(record, Problem):
+        raise _RecordError(record)
+    if not isinstance(record, dict):
+        raise _RecordError(Problem("wrong type", f"the record is a {type(record).__name__}, not an object with fields"))
+    return record
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
@@ -91,7 +93,14 @@ def _pair(record: Mapping[str, Any]) -> list[list[Message]]:
         if answer and _is_answer(answer[0]):
             answer = [*_as_messages(_field(record, "prompt"), "user", "prompt"), *answer]
         chats.append(_answered(answer, name))
+    if _question(chats[0]) != _question(chats[1]):
+        raise _RecordError(Problem("no pair", "'chosen' and 'rejected' do not answer the same messages"))
     return chats
+
+
+def _question(chat: list[Message]) -> list[Message]:
+    """What stands before the assistant's first turn."""
+    return list(itertools.takewhile(lambda message: not _is_answer(message), chat))
 
 
 def _as_messages(value: Any, role: str, name: str) -> list[Message]:

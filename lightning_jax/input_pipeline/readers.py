@@ -29,6 +29,8 @@ Reason = Literal[
     "damaged file",
     "refused by the chat template",
     "nothing to train on",
+    "nothing to answer",
+    "no pair",
 ]
 
 

@@ -1,26 +1,19 @@
-"""The report's plots, as SVG that takes its text colour from the page."""
+"""The report's plots: what is drawn of a run's records."""
 
 import functools
-import io
-import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_jax.metrics.console import SmoothedLoss
+from lightning_jax.metrics.figures import COLORS, INK, Record, figure, peaks
 from lightning_jax.metrics.formatting import scientific
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Record = Mapping[str, Any]
-
-_INK = "#010203"  # stands for the page's text colour, which the page alone knows
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#84cc16")
-_POINTS = 1500  # most points of a curve, and
 _COLUMNS = 300  # most columns of a heat map: more would only make the file larger
 
 
@@ -117,7 +110,7 @@ def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Pl
     def draw(axes: "Axes") -> None:
         seen = [smoothed]
         if steps.size:
-            kept = _peaks(losses)
+            kept = peaks(losses)
             axes.plot(steps[kept], losses[kept], color=COLORS[0], alpha=0.3, linewidth=0.8)
             axes.plot(steps, smoothed, color=COLORS[0], label="training, smoothed")
         for index, corpus in enumerate(corpora):
@@ -126,7 +119,7 @@ def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Pl
             axes.plot(at, values, "o-", color=color, markersize=3, label=f"validation, {corpus}")
             seen.append(values)
         for corpus, entropy in sorted(unigram_entropy.items()):
-            color = COLORS[1 + corpora.index(corpus) % (len(COLORS) - 1)] if corpus in corpora else _INK
+            color = COLORS[1 + corpora.index(corpus) % (len(COLORS) - 1)] if corpus in corpora else INK
             axes.axhline(entropy, color=color, linestyle="--", linewidth=0.9, label=f"unigram entropy, {corpus}")
             seen.append(np.array([entropy]))
         # One spike of the raw loss must not flatten everything else: it may leave the picture.
@@ -142,7 +135,7 @@ def _loss(records: Sequence[Record], unigram_entropy: Mapping[str, float]) -> Pl
         "Loss",
         "The faint line is the loss of each logged step. "
         "A model that only knows how often each token occurs would stay at the unigram entropy.",
-        _figure("Loss", records, [draw], height=3.6),
+        figure("Loss", records, [draw], height=3.6),
     )
 
 
@@ -162,7 +155,7 @@ def _reward(records: Sequence[Record]) -> Plot | None:
         "Mean over the first prompts of each generation, before any are replaced; on held-out prompts of the "
         "likeliest completions."
     )
-    return Plot("Reward", caption, _figure("Reward", records, [draw]))
+    return Plot("Reward", caption, figure("Reward", records, [draw]))
 
 
 def _learning_rate(records: Sequence[Record]) -> Plot | None:
@@ -180,7 +173,7 @@ def _curve(records: Sequence[Record], name: str, title: str, caption: str, logar
         return None
 
     def draw(axes: "Axes") -> None:
-        kept = _peaks(values)
+        kept = peaks(values)
         axes.plot(steps[kept], values[kept], color=COLORS[0], linewidth=1.0)
         if logarithmic and (values > 0).any():
             axes.set_yscale("log")
@@ -189,7 +182,7 @@ def _curve(records: Sequence[Record], name: str, title: str, caption: str, logar
         else:
             axes.yaxis.set_major_formatter(lambda value, _: scientific(value))
 
-    return Plot(title, caption, _figure(title, records, [draw]))
+    return Plot(title, caption, figure(title, records, [draw]))
 
 
 def _batch(records: Sequence[Record]) -> Plot | None:
@@ -209,7 +202,7 @@ def _batch(records: Sequence[Record]) -> Plot | None:
     if not drawn:
         return None
     title = "Batch size and context"
-    return Plot(title, "As the stages set them.", _figure(title, records, drawn, height=1.9 * len(drawn)))
+    return Plot(title, "As the stages set them.", figure(title, records, drawn, height=1.9 * len(drawn)))
 
 
 def _throughput(records: Sequence[Record], flops_convention: str) -> Plot | None:
@@ -234,7 +227,7 @@ def _throughput(records: Sequence[Record], flops_convention: str) -> Plot | None
     caption = "Training steps alone: evaluation, checkpoints and compilation are left out."
     caption += "" if known else " MFU: n/a, the peak of this device is not known."
     drawn = [draw, draw_utilisation] if known else [draw]
-    return Plot("Throughput", caption, _figure("Throughput", records, drawn, height=1.2 + 1.4 * len(drawn)))
+    return Plot("Throughput", caption, figure("Throughput", records, drawn, height=1.2 + 1.4 * len(drawn)))
 
 
 def _rates_of_generations(records: Sequence[Record]) -> Plot | None:
@@ -252,7 +245,7 @@ def _rates_of_generations(records: Sequence[Record]) -> Plot | None:
 
     title = "Speed of rollouts, rewards and updates"
     caption = "Tokens of completions over the seconds of each part; of updates, tokens of their rows, padding included."
-    return Plot(title, caption, _figure(title, records, [draw]))
+    return Plot(title, caption, figure(title, records, [draw]))
 
 
 def _expert_load(records: Sequence[Record]) -> Plot | None:
@@ -282,7 +275,7 @@ def _expert_load(records: Sequence[Record]) -> Plot | None:
         "tokens it gets relative to an even share, from 0 (idle) to 2 and more (twice its share)."
     )
     height = min(6.0, max(2.4, 0.08 * layers * experts))
-    return Plot("Expert load", caption, _figure("Expert load", records, [draw], height=height))
+    return Plot("Expert load", caption, figure("Expert load", records, [draw], height=height))
 
 
 def _balance(records: Sequence[Record]) -> Plot | None:
@@ -294,11 +287,11 @@ def _balance(records: Sequence[Record]) -> Plot | None:
 
     def draw(axes: "Axes") -> None:
         worst = busiest_SL.max(axis=1)
-        kept = _peaks(worst)
+        kept = peaks(worst)
         axes.plot(steps[kept], worst[kept], color=COLORS[4], linewidth=0.9, label="busiest, worst layer")
         axes.plot(steps, busiest_SL.mean(axis=1), color=COLORS[1], linewidth=0.9, label="busiest, mean over layers")
         axes.plot(steps, idlest_SL.mean(axis=1), color=COLORS[0], linewidth=0.9, label="idlest, mean over layers")
-        axes.axhline(1.0, color=_INK, linestyle="--", linewidth=0.8)
+        axes.axhline(1.0, color=INK, linestyle="--", linewidth=0.8)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("load / even share")
         axes.legend()
@@ -312,59 +305,7 @@ def _balance(records: Sequence[Record]) -> Plot | None:
     caption = "Busiest and idlest expert of a layer; 1 is perfect balance." + (
         " Below, the share of routed tokens that found no room." if len(drawn) == 2 else ""
     )
-    return Plot("Expert balance", caption, _figure("Expert balance", records, drawn, height=1.2 + 1.4 * len(drawn)))
-
-
-def _figure(
-    name: str, records: Sequence[Record], draws: Sequence[Callable[["Axes"], None]], height: float = 2.6
-) -> str:
-    """Draws panels that share their steps, one below the other, with the borders of the stages."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,  # figures share the page: their identifiers must differ, and be the same every time
-        "text.parse_math": False,  # names of corpora may hold a dollar sign
-        "font.size": 9,
-        "legend.fontsize": 8,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.15,
-        "grid.linewidth": 0.8,
-        "axes.linewidth": 0.6,
-        "lines.linewidth": 1.4,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
-        **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK),
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9.0, height), layout="constrained")
-        panels = figure.subplots(len(draws), 1, sharex=True, squeeze=False)[:, 0]
-        for draw, axes in zip(draws, panels, strict=True):
-            draw(axes)
-            _mark_stages(axes, records)
-            axes.margins(x=0.01)
-        panels[-1].set_xlabel("step")
-        panels[-1].xaxis.get_major_locator().set_params(integer=True)
-        figure.align_ylabels()
-        drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = drawing.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure, and nothing refers to them
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    size = re.search(r'viewBox="[^"]*"', svg)[0]
-    return f'<svg {size} role="img" aria-label="{name}"' + svg[svg.index(">") :]
-
-
-def _mark_stages(axes: "Axes", records: Sequence[Record]) -> None:
-    stages = [(record["step"], record["stage"]) for record in records if "stage" in record]
-    for (_, before), (step, stage) in itertools.pairwise(stages):
-        if stage != before:
-            axes.axvline(step, color=_INK, linewidth=0.7, linestyle=":")
-            axes.text(step, 1.01, stage, transform=axes.get_xaxis_transform(), fontsize=7)
+    return Plot("Expert balance", caption, figure("Expert balance", records, drawn, height=1.2 + 1.4 * len(drawn)))
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -381,14 +322,3 @@ def _loads(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     if not pairs:
         return np.zeros(0), np.zeros((0, 0, 0))
     return np.array([step for step, _ in pairs], dtype=float), np.stack([load for _, load in pairs])
-
-
-def _peaks(values: np.ndarray) -> np.ndarray:
-    """Indices of at most _POINTS values that keep every stretch's highest and lowest, so that no spike is lost."""
-    if len(values) <= _POINTS:
-        return np.arange(len(values))
-    kept = []
-    for group in np.array_split(np.arange(len(values)), _POINTS // 2):
-        known = group[np.isfinite(values[group])]
-        kept += [known[values[known].argmin()], known[values[known].argmax()]] if known.size else [group[0]]
-    return np.unique(kept)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lightning_jax.models import HybridLM, ModelConfig, RouterSums
 from lightning_jax.objectives.cross_entropy import cross_entropy_sum
+from lightning_jax.objectives.forward import training_forward
 from lightning_jax.objectives.routing import router_loss
 from lightning_jax.objectives.segments import segment_sums
 
@@ -40,12 +41,7 @@ class NextToken:
 
     def sums(self, model: HybridLM, batch: dict[str, jax.Array]) -> NextTokenSums:
         """What a batch, or a part of one, adds to the loss."""
-        hidden_BTD, router = model(
-            batch["inputs"],
-            segment_ids_BT=batch["segment_ids"],
-            positions_BT=batch["positions"],
-            rope_theta=self.rope_theta,
-        )
+        hidden_BTD, router = training_forward(model, batch, self.rope_theta)
 
         def cross_entropy(weights_DV, hidden_BTD, targets_BT, mask_BT):
             chunk, logits_dtype = self.config.loss_chunk, self.config.logits_dtype

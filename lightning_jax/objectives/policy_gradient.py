@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lightning_jax.models import HybridLM, ModelConfig, RouterSums
 from lightning_jax.objectives.config import PolicyGradientConfig
 from lightning_jax.objectives.cross_entropy import log_probs_and_entropies
+from lightning_jax.objectives.forward import masked_sum, training_forward
 from lightning_jax.objectives.routing import router_loss
 from lightning_jax.objectives.segments import of_tokens, segment_sums
 
@@ -78,18 +79,6 @@ def sequence_log_probs(
 
     log_prob_BT, entropy_BT = model.operators.map_rows(each, model.output_weights(), hidden_BTD, batch["targets"])
     return log_prob_BT, entropy_BT, router
-
-
-def training_forward(
-    model: HybridLM, batch: dict[str, jax.Array], rope_theta: float | jax.Array | None
-) -> tuple[jax.Array, RouterSums | None]:
-    """The hidden vectors [B, T, D] of a batch, and the router's sums."""
-    return model(
-        batch["inputs"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-        rope_theta=rope_theta,
-    )
 
 
 def token_terms(config: PolicyGradientConfig, log_prob_BT: jax.Array, batch: dict[str, jax.Array]) -> TokenTerms:
@@ -202,7 +191,7 @@ class PolicyGradient:
             share_BT = share_BT / self.settings.constant_length
 
         def total(x_BT: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(mask_BT, x_BT, 0), dtype=log_prob_BT.dtype)
+            return masked_sum(x_BT, mask_BT, log_prob_BT.dtype)
 
         return PolicyGradientSums(
             loss=total(terms.loss * share_BT),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lightning_jax.models import HybridLM, ModelConfig, RouterSums
 from lightning_jax.objectives.config import PreferenceConfig
 from lightning_jax.objectives.cross_entropy import target_log_probs
+from lightning_jax.objectives.forward import training_forward
 from lightning_jax.objectives.pair_sums import PairSums, mean_over_pairs, sum_over_pairs
 from lightning_jax.objectives.segments import pairs, segment_sums
 
@@ -26,12 +27,7 @@ def segment_log_probs(
     model: HybridLM, config: ModelConfig, batch: dict[str, jax.Array], rope_theta: float | jax.Array | None = None
 ) -> tuple[jax.Array, RouterSums | None]:
     """The log-probability [B, T] of what is trained of each segment, in nats, and what the router did."""
-    hidden_BTD, router = model(
-        batch["inputs"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-        rope_theta=rope_theta,
-    )
+    hidden_BTD, router = training_forward(model, batch, rope_theta)
 
     def log_probs(weights_DV, hidden_BTD, targets_BT, mask_BT, segment_ids_BT):
         each_BT = target_log_probs(hidden_BTD, weights_DV, targets_BT, config.loss_chunk, config.logits_dtype)

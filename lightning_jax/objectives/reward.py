@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lightning_jax.models import ModelConfig, RouterSums
 from lightning_jax.models.reward_model import RewardModel
 from lightning_jax.objectives.config import RewardModelConfig
+from lightning_jax.objectives.forward import training_forward
 from lightning_jax.objectives.pair_sums import PairSums, mean_over_pairs, sum_over_pairs
 from lightning_jax.objectives.segments import last_tokens, pairs, segment_sums
 
@@ -23,12 +24,7 @@ def segment_scores(
     model: RewardModel, batch: dict[str, jax.Array], rope_theta: float | jax.Array | None = None
 ) -> tuple[jax.Array, RouterSums | None]:
     """The score [B, T] of each segment, and what the router did."""
-    score_BT, router = model(
-        batch["inputs"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-        rope_theta=rope_theta,
-    )
+    score_BT, router = training_forward(model, batch, rope_theta)
     ends_BT = last_tokens(batch["segment_ids"])
     return segment_sums(jnp.where(ends_BT, score_BT, 0), batch["segment_ids"]), router
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lightning_jax.models import ModelConfig, RouterSums
 from lightning_jax.models.reward_model import RewardModel
+from lightning_jax.objectives.forward import masked_sum, training_forward
 from lightning_jax.objectives.routing import router_loss
 
 # Of a batch, each [B, T]: where a value is predicted, what it was as the rollouts began, and what it should have been.
@@ -37,18 +38,6 @@ class ValueSums(NamedTuple):
     router: RouterSums | None
 
 
-def predicted_values(
-    model: RewardModel, batch: dict[str, jax.Array], rope_theta: float | jax.Array | None = None
-) -> tuple[jax.Array, RouterSums | None]:
-    """The value [B, T] of what stands up to each input, before the target is chosen; and what the router did."""
-    return model(
-        batch["inputs"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-        rope_theta=rope_theta,
-    )
-
-
 @dataclass(frozen=True)
 class Value:
     """The objective of a value model.
@@ -65,7 +54,7 @@ class Value:
 
     def sums(self, model: RewardModel, batch: dict[str, jax.Array]) -> ValueSums:
         """What a batch, or a part of one, adds to the loss."""
-        value_BT, router = predicted_values(model, batch, self.rope_theta)
+        value_BT, router = training_forward(model, batch, self.rope_theta)
         return self.sums_of_values(value_BT, router, batch)
 
     def sums_of_values(self, value_BT: jax.Array, router: RouterSums | None, batch: dict[str, jax.Array]) -> ValueSums:
@@ -80,7 +69,7 @@ class Value:
             clipped_BT = loss_BT > squared_BT
 
         def total(x_BT: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(mask_BT, x_BT, 0), dtype=value_BT.dtype)
+            return masked_sum(x_BT, mask_BT, value_BT.dtype)
 
         return ValueSums(
             loss=total(loss_BT / 2),

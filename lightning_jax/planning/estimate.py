@@ -6,6 +6,7 @@ computed forward for its sums, and again when the loss of all is known; layers a
 head's products are made once with those of its gradient.
 """
 
+import math
 from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh
@@ -17,6 +18,7 @@ from lightning_jax.models.config import BYTES
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.planning.held import Held, companions_by_device, held_by_device
 from lightning_jax.planning.memory import Memory, layer_elements_per_token, memory_of_step
+from lightning_jax.planning.rollouts import Rollouts, rollouts_of
 from lightning_jax.planning.traffic import Sent, sent_in_step
 from lightning_jax.stages import Stage, num_micro_batches
 
@@ -37,6 +39,7 @@ class Estimate:
     flops: float  # with what is computed twice
     memory_traffic: float  # bytes
     sent: dict[tuple[str, ...], Sent]  # by the mesh axes along which it goes
+    rollouts: Rollouts | None = None  # of a stage of reinforcement learning
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -98,12 +101,13 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         copies_slices=target.chip.platform != "cpu",
     )
     tokens = rows * context
-    model_flops = model.flops_per_token(context, "model") * tokens / target.num_devices
+    num_training = math.prod(sizes.values())
+    model_flops = model.flops_per_token(context, "model") * tokens / num_training
     forwards = 1 if parts == 1 else 2
     again = model.remat in ("full", "offload") or (model.remat == "dots" and model.num_experts > 0)  # keeps no experts'
     layer_forwards = forwards + again
     backward = 1 if config.lora else 2  # times the work of a forward pass; it takes no gradient of what is frozen
-    head_flops = 2 * model.vocab_size * model.hidden_size * tokens / target.num_devices
+    head_flops = 2 * model.vocab_size * model.hidden_size * tokens / num_training
     layer_flops = model_flops / 3 - head_flops
     # A dense feed-forward's last product is not made again: no gradient needs what it gives.
     spared = 0 if model.num_experts or not again else 2 * model.hidden_size * model.intermediate_size * model.num_layers
@@ -116,7 +120,7 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
         model_flops=model_flops,
         flops=layer_flops * (layer_forwards + backward)
         + head_flops * (forwards + backward)
-        - spared * tokens / target.num_devices,
+        - spared * tokens / num_training,
         memory_traffic=_memory_traffic(model, memory, sizes["tensor"], held, device_tokens, parts, layer_forwards + 2),
         sent=sent_in_step(
             model,
@@ -129,6 +133,9 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
             parts=parts,
             forwards=layer_forwards,
         ),
+        rollouts=rollouts_of(config, stage, target.chip, sizes, memory.arguments)
+        if stage.config.reinforcement
+        else None,
     )
 
 

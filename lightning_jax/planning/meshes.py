@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.metrics.formatting import size
 from lightning_jax.parallel.config import AXES, MeshConfig
 from lightning_jax.parallel.mesh import resolve
@@ -64,7 +65,7 @@ def preset(config: RunConfig, target: Slice) -> tuple[MeshConfig, str]:
             f"use --mesh=auto"
         )
     mesh = chips[target.chip.name]
-    sizes = resolve(mesh, target.num_devices)
+    sizes = resolve(mesh, target.num_devices - config.num_rollout_devices)
     return mesh, f"mesh {mesh_text(sizes)}: the one stated for {config.name} on {target.chip.name}"
 
 
@@ -76,12 +77,12 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
     """
     chosen = dataclasses.replace(config, run_stages=tuple(stage.name for stage in stages))
     plans: list[tuple[MeshConfig, list[Estimate]]] = []
-    for sizes in _products(target.num_devices, len(AXES)):
+    for sizes in _products(target.num_devices - config.num_rollout_devices, len(AXES)):
         mesh = dataclasses.replace(config.mesh, **dict(zip(AXES, sizes, strict=True)))
         if mesh.expert_tensor > 1 and mesh.expert != config.model.num_experts:
             continue
         candidate = dataclasses.replace(chosen, mesh=mesh)
-        if not candidate.problems_on(target.num_devices) and divides_slices(mesh.sizes(), target):
+        if not problems_on(candidate, target.num_devices) and divides_slices(mesh.sizes(), target):
             plans.append((mesh, [estimate(candidate, stage, target) for stage in stages]))
     if not plans:
         raise UserError(

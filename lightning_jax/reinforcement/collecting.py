@@ -1,74 +1,32 @@
-"""One generation of rollouts: prompts, completions, rewards, further prompts for those that teach nothing, advantages.
+"""One generation of rollouts: prompts, completions, rewards, further prompts for those that teach nothing.
 
-`begin` makes completions, `verify` asks what they are worth, `complete` grades them and replaces prompts, `finish` has
-the trainer score what there is and gives advantages. Each is a function of a policy, the generation's number and a
-position; the policy that scores may have been trained since the completions were made, and verifiers work meanwhile.
+`begin` makes completions, `verify` asks what they are worth, and may do so while others are made or trained on,
+`complete` grades them and replaces prompts. All are functions of a policy, the generation's number and a position.
 
-Sources: dynamic sampling, DAPO (arXiv 2503.14476) section 3.2; the correlation of probabilities, MiniMax-M1 (arXiv
-2506.13585) figure 3.
+Source: dynamic sampling, DAPO (arXiv 2503.14476) section 3.2.
 
 Shapes: P prompts of a generation, G completions of each, N = P * G rows, T tokens of a row.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flax import nnx
 
 from lightning_jax.config import RunConfig
-from lightning_jax.generation import Completion, GenerationSettings, Generator, Sampling, log_prob_gap
-from lightning_jax.generation.exact import Draw, exact_completions
 from lightning_jax.input_pipeline import Mixture
-from lightning_jax.input_pipeline.packing import Batch
 from lightning_jax.input_pipeline.prompts import Prompt, Prompts
 from lightning_jax.input_pipeline.shuffle import fold_key
 from lightning_jax.input_pipeline.tokenizers import Tokenizer
-from lightning_jax.objectives.advantages import group_advantages, informative_groups
-from lightning_jax.objectives.policy_gradient import ADVANTAGES, OLD, RECORDED, REFERENCE, kl_estimate
-from lightning_jax.objectives.value import VALUES
-from lightning_jax.programs import Programs
-from lightning_jax.reinforcement.credit import with_credit, with_value_mask
-from lightning_jax.reinforcement.experience import as_rows, with_advantages
+from lightning_jax.objectives.advantages import informative_groups
+from lightning_jax.reinforcement.experience import as_rows
 from lightning_jax.reinforcement.generated import Begun, Generated, Groups
-from lightning_jax.reinforcement.grading import Verdicts, grade, verify
+from lightning_jax.reinforcement.grading import Verdicts, grade, ungraded, verify
 from lightning_jax.reinforcement.measures import measures, samples
-from lightning_jax.reinforcement.sampling_policy import Place, Position, SamplingPolicy
+from lightning_jax.reinforcement.rollout_generator import RolloutGenerator
+from lightning_jax.reinforcement.sampling_policy import Position, PromptPlace, SamplingPolicy
 from lightning_jax.rewards.reward import RewardFunction
 from lightning_jax.stages import Stage
-
-
-@dataclass(frozen=True)
-class Collected:
-    """A generation.
-
-    Attributes:
-        rows: to train on [N, T].
-        metrics: of the generation, a function of the run.
-        timing: of this machine.
-        samples: some of the completions, as the record of a run keeps them.
-        warnings: what somebody should know.
-    """
-
-    rows: Batch
-    metrics: dict[str, float]
-    timing: dict[str, float]
-    samples: list[dict[str, Any]]
-    warnings: list[str]
-
-    @property
-    def summary(self) -> str:
-        """The generation in a line."""
-        metrics, timing = self.metrics, self.timing
-        return (
-            f"reward {metrics['reward']:.3f}, {metrics['completion_tokens']:.1f} tokens, "
-            f"{metrics['equal_reward_groups']:.0%} of prompts with equal rewards, {metrics['refills']} refills; "
-            f"{timing['generation_seconds']:.1f} s generation, {timing['reward_seconds']:.1f} s reward, "
-            f"{timing['scoring_seconds']:.1f} s scoring"
-        )
 
 
 class Collector:
@@ -76,8 +34,8 @@ class Collector:
 
     Args:
         prompts: of the stage's corpora.
+        generator: makes completions by the policy that it has loaded.
         reward: grades completions.
-        progress: takes what is being done, again whenever it gets on.
     """
 
     def __init__(
@@ -86,17 +44,15 @@ class Collector:
         stage: Stage,
         prompts: Mapping[str, Prompts],
         tokenizer: Tokenizer,
-        programs: Programs,
+        generator: RolloutGenerator,
         reward: RewardFunction,
-        progress: Callable[[str], None],
     ):
-        self.stage, self.settings = stage, stage.config.reinforcement
-        self._prompts, self._programs, self._reward = prompts, programs, reward
-        self._tokenizer, self._progress = tokenizer, progress
+        self._settings, self._length = stage.config.reinforcement, stage.config.context_length
+        self._prompts, self._tokenizer, self._generator, self._reward = prompts, tokenizer, generator, reward
+        rollouts = self._settings.rollouts
         rows = stage.batch_sizes.rows(0)
-        batches = self.settings.rollouts.updates // self.settings.rollouts.epochs
-        self.num_prompts = batches * rows // self.settings.rollouts.samples
-        self.num_generations = -(-stage.batch_sizes.num_steps // self.settings.rollouts.updates)
+        self.num_prompts = rollouts.updates // rollouts.epochs * rows // rollouts.samples
+        self.num_generations = -(-stage.batch_sizes.num_steps // rollouts.updates)
         mixture = Mixture(
             stage.config.mixture,
             prompts.keys(),
@@ -104,24 +60,15 @@ class Collector:
             fold_key(stage.name, config.seed),
         )
         self._keys = (config.seed, stage.name)
-        self.sampling_policy = SamplingPolicy(
-            self.settings.rollouts, prompts, mixture, self.num_generations, self._keys
-        )
-        self._model = dataclasses.replace(config.model, rope_theta=stage.config.rope_theta)
-        self._generator: Generator | None = None
-        self._log_probs = programs.policy_log_prob_step(stage)
-        self._values = programs.value.step(stage) if self.settings.value else None
-        self._draws = programs.draw_step(stage) if self.settings.rollouts.mode == "exact" else None
+        self.sampling_policy = SamplingPolicy(rollouts, prompts, mixture, self.num_generations, self._keys)
 
-    def generate(self, generation: int, position: Position, params: nnx.State) -> Generated:
-        """Completions by the policy `params`, and their grades."""
-        begun = self.begin(generation, position, params)
-        return self.complete(begun, self.verify(begun), params)
+    def generate(self, generation: int, position: Position) -> Generated:
+        """Completions of the next prompts, and their grades."""
+        begun = self.begin(generation, position)
+        return self.complete(begun, self.verify(begun))
 
-    def begin(
-        self, generation: int, position: Position, params: nnx.State, *, refill: int = 0, count: int | None = None
-    ) -> Begun:
-        """Completions of the next prompts by the policy `params`."""
+    def begin(self, generation: int, position: Position, *, refill: int = 0, count: int | None = None) -> Begun:
+        """Completions of the next prompts."""
         count = self.num_prompts if count is None else count
         limit, warnings = self.sampling_policy.limit(position), []
         places, position, exceptions = self.sampling_policy.draw(position, generation, count)
@@ -130,14 +77,9 @@ class Collector:
                 f"generation {generation + 1}: no pass rate of a whole corpus is in the curriculum's range, so "
                 f"{exceptions} of {count} prompts were asked in their turn"
             )
+        seed = fold_key("rollouts", *self._keys, generation, refill) % 2**31
         start = time.perf_counter()
-        sampling = dataclasses.replace(
-            self._sampling,
-            max_new_tokens=limit,
-            samples=self.settings.rollouts.samples,
-            seed=fold_key("rollouts", *self._keys, generation, refill) % 2**31,
-        )
-        completions = self._completions(params, self._asked(places), sampling)
+        completions = self._generator.completions(self._asked(places), limit=limit, seed=seed)
         seconds = time.perf_counter() - start
         return Begun(generation, refill, position, places, completions, limit, seconds, warnings)
 
@@ -147,31 +89,31 @@ class Collector:
         verdicts = verify(self._reward, self._asked(begun.places), begun.completions)
         return verdicts, time.perf_counter() - start
 
-    def complete(self, begun: Begun, verified: tuple[Verdicts, float], params: nnx.State) -> Generated:
+    def complete(self, begun: Begun, verified: tuple[Verdicts, float]) -> Generated:
         """The generation, with further prompts in place of those that teach nothing, if it is to have them.
 
-        Args:
-            params: those that made the completions.
+        They are asked of the policy that is loaded: the one that `begun` is by.
         """
-        rollouts, generation, limit, warnings = self.settings.rollouts, begun.generation, begun.limit, []
-        position, seconds = begun.position, {"generation": 0.0, "reward": 0.0}
+        rollouts, generation, limit, warnings = self._settings.rollouts, begun.generation, begun.limit, []
+        position, made = begun.position, []
 
         def graded(begun: Begun, verified: tuple[Verdicts, float]) -> Groups:
             nonlocal position
             verdicts, seconds_of_reward = verified
-            grades = grade(verdicts, self.settings.rewards, begun.completions, max_new_tokens=limit)
+            grades = grade(verdicts, self._settings.rewards, begun.completions, max_new_tokens=limit)
             position = self.sampling_policy.seen(begun.position, begun.places, grades.reward_PG)
-            seconds["generation"] += begun.seconds
-            seconds["reward"] += seconds_of_reward
+            made.append((begun, seconds_of_reward))
             warnings.extend(begun.warnings)
             return Groups(begun.places, begun.completions, grades)
 
         first = groups = graded(begun, verified)
+        if line := ungraded(first.grades):
+            warnings.append(f"generation {generation + 1}: {line}")
         refills, informative_P = 0, self._informative(groups)
         while rollouts.dynamic_sampling and refills < rollouts.max_refills and not informative_P.all():
             refills += 1
             missing = int(np.sum(~informative_P))
-            more = self.begin(generation, position, params, refill=refills, count=missing)
+            more = self.begin(generation, position, refill=refills, count=missing)
             further = graded(more, self.verify(more))
             order = np.argsort(~informative_P, kind="stable")
             groups = groups.take(order[: len(order) - missing].tolist()).and_also(further)
@@ -183,10 +125,10 @@ class Collector:
                 "still have completions of equal reward, and are left out; the prompts are too easy or too hard"
             )
         metrics = measures(first, self._informative(first)) | {"refills": refills, "prompts": position.prompts}
-        if metrics.get("length_correlation", 0) > self.settings.rewards.length_alarm:
+        if metrics.get("length_correlation", 0) > self._settings.rewards.length_alarm:
             warnings.append(
                 f"generation {generation + 1}: the reward likes length: among a prompt's completions they correlate by "
-                f"{metrics['length_correlation']:.2f}, above {self.settings.rewards.length_alarm:g}; look at samples"
+                f"{metrics['length_correlation']:.2f}, above {self._settings.rewards.length_alarm:g}; look at samples"
             )
         if rollouts.lengths:
             metrics["max_new_tokens"] = limit
@@ -196,10 +138,6 @@ class Collector:
                 f"generation {generation + 1}: completions converged near the limit of {limit:,} tokens, which now is "
                 f"{self.sampling_policy.limit(position):,}"
             )
-        tokens = sum(len(each.ids) for group in first.completions for each in group)
-        timing = {f"{name}_seconds": value for name, value in seconds.items()}
-        rates = {"generation": "generated", "reward": "rewarded"}
-        timing |= {f"{done}_tokens_per_second": tokens / max(seconds[part], 1e-9) for part, done in rates.items()}
         asked = self._asked(groups.places)
         return Generated(
             rows=as_rows(asked, groups.completions, self._length),
@@ -208,149 +146,39 @@ class Collector:
             finished_N=np.array([each.finish_reason == "stop" for group in groups.completions for each in group]),
             position=position,
             metrics=metrics,
-            timing=timing,
+            timing=_timing(made),
             samples=samples(groups, asked[: rollouts.logged_prompts], self._tokenizer),
             warnings=warnings,
         )
 
-    def finish(
-        self,
-        generation: int,
-        generated: Generated,
-        params: nnx.State,
-        reference: nnx.State | None = None,
-        value: nnx.State | None = None,
-    ) -> Collected:
-        """What was generated, scored by the trainer as it is now.
-
-        Args:
-            params: of the policy, which may have been trained since.
-            reference: the model as the stage began, where the objective asks for it.
-            value: of the value model, where there is one.
-        """
-        begin = time.perf_counter()
-        settings, rows, score_PG = self.settings, generated.rows, generated.score_PG
-        if settings.value:
-            rows = with_value_mask(rows, generated.finished_N, settings.value)
-        rows = self._scored(rows, params, reference, value)
-        gap = log_prob_gap(rows[RECORDED], rows[OLD], rows["loss_mask"])
-        metrics = generated.metrics | {name: float(each) for name, each in gap.items()}
-        divergence_NT = self._divergence(rows)
-        if settings.value:
-            used_PG = np.where(generated.used_P[:, None], score_PG, np.nan)
-            rows = with_credit(rows, used_PG.reshape(-1), divergence_NT, settings.value)
-        else:
-            total_PG = np.sum(divergence_NT, axis=1).reshape(self.num_prompts, -1)
-            advantages_PG = group_advantages(score_PG - total_PG, settings.advantages)
-            rows = with_advantages(rows, advantages_PG, generated.used_P)
-        seconds = time.perf_counter() - begin
-        rate = int(np.sum(generated.rows["loss_mask"])) / max(seconds, 1e-9)
-        timing = generated.timing | {"scoring_seconds": seconds, "scored_tokens_per_second": rate}
-        warnings = list(generated.warnings)
-        if metrics["probability_correlation"] < settings.rollouts.correlation_alarm:
-            warnings.append(
-                f"generation {generation + 1}: probabilities of rollouts and trainer correlate by "
-                f"{metrics['probability_correlation']:.4f}, below {settings.rollouts.correlation_alarm}; see "
-                "lightning_jax/generation/README.md for modes in which they are nearer"
-            )
-        if settings.rollouts.mode == "exact" and not settings.rollouts.staleness and metrics["log_prob_gap_max"]:
-            warnings.append(
-                f"generation {generation + 1}: log-probabilities of exact rollouts are up to "
-                f"{metrics['log_prob_gap_max']:.1e} nats from the trainer's; here its forward depends on what shares "
-                "a batch"
-            )
-        advantage_N = np.sum(rows[ADVANTAGES], axis=1) / np.maximum(np.sum(rows["loss_mask"], axis=1), 1)
-        logged = [
-            sample | {"advantage": float(advantage)}
-            for sample, advantage in zip(generated.samples, advantage_N[: len(generated.samples)], strict=True)
-        ]
-        return Collected(rows, metrics, timing, logged, warnings)
-
-    def validation_rewards(self, params: nnx.State, most: int) -> dict[str, float]:
+    def validation_rewards(self, most: int) -> dict[str, float]:
         """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
         rewards = {}
         for name, prompts in self._prompts.items():
             if held_out := list(prompts.validation[:most]):
-                completions = self._completions(params, held_out, dataclasses.replace(self._sampling, temperature=0.0))
+                completions = self._generator.likeliest(held_out)
                 verdicts = verify(self._reward, held_out, completions)
-                grades = grade(
-                    verdicts, self.settings.rewards, completions, max_new_tokens=self._sampling.max_new_tokens
-                )
+                limit = self._settings.rollouts.max_new_tokens
+                grades = grade(verdicts, self._settings.rewards, completions, max_new_tokens=limit)
+                ungraded(grades)
                 rewards[name] = float(np.nanmean(grades.reward_PG))
         return rewards
 
-    @property
-    def _length(self) -> int:
-        return self.stage.config.context_length
-
-    @property
-    def _sampling(self) -> Sampling:
-        """Of one completion of the longest that there may be."""
-        rollouts = self.settings.rollouts
-        return Sampling(
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            stop_ids=tuple({prompts.end_of_turn for prompts in self._prompts.values()}),
-            repetition_tokens=rollouts.repetition_tokens,
-            repetition_probability=rollouts.repetition_probability,
-        )
-
-    def _asked(self, places: Sequence[Place]) -> list[Prompt]:
+    def _asked(self, places: Sequence[PromptPlace]) -> list[Prompt]:
         return [self.sampling_policy.prompt(place) for place in places]
 
-    def _completions(self, params: nnx.State, prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        generator = self._generator_of(params)
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        self._progress("making rollouts")
-        ids = [prompt.ids for prompt in prompts]
-        if self._draws and sampling.temperature:
-            completions = exact_completions(generator, self._drawn(params), ids, sampling, self._length)
-        else:
-            completions = generator.generate(ids, sampling)
-        for completion in completions:
-            groups[completion.prompt].append(completion)
-            self._progress("making rollouts")
-        return [sorted(group, key=lambda completion: completion.sample) for group in groups]
-
-    def _drawn(self, params: nnx.State) -> Draw:
-        def draw(rows: Batch) -> tuple[np.ndarray, np.ndarray]:
-            self._progress("drawing rollouts by the training forward")
-            return self._programs.by_rows(self.stage, self._draws, self._programs.weights(params), rows)
-
-        return draw
-
-    def _generator_of(self, params: nnx.State) -> Generator:
-        mesh, weights = self._programs.to_generate(params)
-        if self._generator is None:
-            rollouts = self.settings.rollouts
-            settings = GenerationSettings(
-                slots=rollouts.slots,
-                capacity=self._length + 1,
-                prefill_tokens=rollouts.prefill_tokens,
-                decode_steps=rollouts.decode_steps,
-            )
-            self._generator = Generator(self._model, weights, settings, mesh=mesh, tokenizer=self._tokenizer)
-        self._generator.params = weights
-        return self._generator
-
     def _informative(self, groups: Groups) -> np.ndarray:
-        return informative_groups(groups.grades.score_PG, self.settings.advantages)
+        return informative_groups(groups.grades.score_PG, self._settings.advantages)
 
-    def _scored(self, rows: Batch, params: nnx.State, reference: nnx.State | None, value: nnx.State | None) -> Batch:
-        """The rows with the log-probabilities of the trainer as it is, and of the reference, and with values."""
-        programs = self._programs
-        rows = rows | {OLD: programs.by_rows(self.stage, self._log_probs, programs.weights(params), rows)}
-        if reference is not None:
-            weights = programs.weights(reference)
-            rows[REFERENCE] = programs.by_rows(self.stage, self._log_probs, weights, rows)
-        if self._values:
-            rows[VALUES] = programs.by_rows(self.stage, self._values, value, rows)
-        return rows
 
-    def _divergence(self, rows: Batch) -> np.ndarray:
-        """What is taken off the reward of each token [N, T]."""
-        settings, mask_NT = self.settings.policy_gradient, rows["loss_mask"]
-        if not settings.kl_coefficient or settings.kl_in != "reward":
-            return np.zeros(mask_NT.shape)
-        each_NT = np.asarray(kl_estimate(settings.kl_estimator, rows[OLD], rows[REFERENCE]))
-        return settings.kl_coefficient * np.where(mask_NT, each_NT, 0)
+def _timing(made: Sequence[tuple[Begun, float]]) -> dict[str, float]:
+    """Of all completions, those of further prompts too, each with the seconds of its verifiers."""
+    tokens = sum(len(each.ids) for begun, _ in made for group in begun.completions for each in group)
+    generation = sum(begun.seconds for begun, _ in made)
+    reward = sum(seconds for _, seconds in made)
+    return {
+        "generation_seconds": generation,
+        "generated_tokens_per_second": tokens / max(generation, 1e-9),
+        "reward_seconds": reward,
+        "rewarded_tokens_per_second": tokens / max(reward, 1e-9),
+    }

@@ -6,6 +6,7 @@ from typing import Literal
 from lightning_jax.models.config import ModelConfig
 from lightning_jax.objectives.config import AdvantageConfig, PolicyGradientConfig
 from lightning_jax.optimizers.config import OptimizerConfig, ScheduleConfig
+from lightning_jax.parallel.config import AXES
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class RolloutConfig:
     # Generations between the policy that makes rollouts and the one that first trains on them. 1: the next rollouts are
     # made before the updates on the present ones, verified meanwhile, and corrected by rollout_correction.
     staleness: Literal[0, 1]
+    # A mesh of devices that make rollouts and nothing else, its sizes by axis: {tensor: 4}. The run's mesh is of the
+    # others, and with a staleness of 1 both work at the same time. {}: all devices do both in turns.
+    devices: dict[str, int]
     max_new_tokens: int  # prompts that leave less than that of the context are left out
     lengths: LengthsConfig | None  # up to max_new_tokens; none: that from the beginning
     # Of each field of records its bounds, [above, below]: {pass_rate: [0, 0.9]} leaves out what is never or nearly
@@ -101,6 +105,11 @@ class RolloutConfig:
         for name, bounds in self.sample_filter.items():
             if len(bounds) != 2 or not bounds[0] < bounds[1]:
                 found.append(f"sample_filter.{name}: {list(bounds)} is no range; [above, below]")
+        axes = [axis for axis in AXES if axis != "sequence"]  # tokens come one by one
+        found += [f"devices.{axis}: no axis; there is {', '.join(axes)}" for axis in self.devices if axis not in axes]
+        found += [f"devices.{axis}: {size} is not positive" for axis, size in self.devices.items() if size < 1]
+        if self.devices and self.mode == "exact":
+            found.append("devices: exact rollouts are drawn by the training forward, where it trains; {} for them")
         if self.prefill_tokens < 16 or self.prefill_tokens % 16:
             found.append(f"prefill_tokens: {self.prefill_tokens} is no positive multiple of 16")
         if self.temperature <= 0:

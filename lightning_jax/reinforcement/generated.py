@@ -13,7 +13,7 @@ import numpy as np
 from lightning_jax.generation import Completion
 from lightning_jax.input_pipeline.packing import Batch
 from lightning_jax.reinforcement.grading import Grades
-from lightning_jax.reinforcement.sampling_policy import Place, Position
+from lightning_jax.reinforcement.sampling_policy import Position, PromptPlace
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Begun:
     generation: int
     refill: int
     position: Position
-    places: list[Place]
+    places: list[PromptPlace]
     completions: list[list[Completion]]
     limit: int
     seconds: float
@@ -42,7 +42,7 @@ class Begun:
 class Groups:
     """Prompts with their completions and what these are worth."""
 
-    places: list[Place]
+    places: list[PromptPlace]
     completions: list[list[Completion]]
     grades: Grades
 

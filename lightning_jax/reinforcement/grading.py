@@ -27,16 +27,18 @@ from lightning_jax.rewards import (
     Completion,
     Endpoint,
     FormatReward,
-    GradedJudge,
     IFEvalReward,
+    Judge,
     MathReward,
-    PairwiseJudge,
+    OwnReward,
     Rescaled,
     RewardFunction,
     RewardModelReward,
     Sandbox,
     Tulu3IFEvalReward,
     WeightedSum,
+    compared,
+    graded,
     gsm8k_reward,
     puzzle_reward,
 )
@@ -68,10 +70,10 @@ class Opening:
         return ByDataset(verified | {"general_graded": self.graded_judge(), "general": self.pairwise_judge()})
 
     def graded_judge(self) -> RewardFunction:
-        return GradedJudge(self._endpoint(), self.config.judge.threads)
+        return Judge(self._endpoint(), graded, self.config.judge.threads)
 
     def pairwise_judge(self) -> RewardFunction:
-        return PairwiseJudge(self._endpoint(), self.config.judge.threads)
+        return Judge(self._endpoint(), compared, self.config.judge.threads)
 
     def reward_model(self) -> RewardFunction:
         use = self.config.reward_model
@@ -108,12 +110,16 @@ def open_rewards(config: RewardConfig, stack: contextlib.ExitStack, say: Callabl
     Raises:
         UserError: a name that is no reward, or what it needs is not here.
     """
-    unknown = [name for name in config.weights if name not in REWARDS]
+    unknown = [name for name in config.weights if name not in REWARDS and ":" not in name]
     if unknown:
         lines = [f"rewards.weights.{name}: no such reward; {nearest_name(name, REWARDS)}" for name in unknown]
         raise UserError("\n".join(lines))
     opening = Opening(config, stack, say)
-    return WeightedSum({name: (weight, REWARDS[name](opening)) for name, weight in config.weights.items()})
+
+    def opened(name: str) -> RewardFunction:
+        return REWARDS[name](opening) if name in REWARDS else OwnReward.of(name)
+
+    return WeightedSum({name: (weight, opened(name)) for name, weight in config.weights.items()})
 
 
 class Verdicts(NamedTuple):
@@ -175,6 +181,21 @@ def grade(
     shape = (len(groups), -1)
     reasons = np.array(verdicts.reasons, object).reshape(shape).tolist()
     return Grades(reward_N.reshape(shape), np.array(scores).reshape(shape), reasons)
+
+
+def ungraded(grades: Grades) -> str | None:
+    """What to say of completions that no verifier could grade, one of them with its reason; None where all have grades.
+
+    Raises:
+        UserError: these are all of them: what verifiers need is away, and there is nothing to learn from.
+    """
+    missing_PG = np.isnan(grades.reward_PG)
+    if not missing_PG.any():
+        return None
+    p, g = np.unravel_index(np.argmax(missing_PG), missing_PG.shape)
+    if missing_PG.all():
+        raise UserError(f"no verifier could grade any of {missing_PG.size:,} completions: {grades.reasons[p][g]}")
+    return f"{missing_PG.sum():,} of {missing_PG.size:,} completions have no reward: {grades.reasons[p][g]}"
 
 
 def shaped(reward: float, config: RewardConfig, tokens: int, *, finished: bool, max_new_tokens: int) -> float:

@@ -23,12 +23,13 @@ def measures(groups: Groups, informative_P: np.ndarray) -> dict[str, float]:
     completions = [completion for group in groups.completions for completion in group]
     tokens = np.array([len(completion.ids) for completion in completions])
     reward_PG = groups.grades.reward_PG
+    graded_P = ~np.isnan(reward_PG).all(axis=1)
     likes_length = length_correlation(groups)
     return {
         **({} if likes_length is None else {"length_correlation": likes_length}),
         "reward": float(np.nanmean(reward_PG)),
         "score": float(np.nanmean(groups.grades.score_PG)),
-        "best_reward": float(np.mean(np.nanmax(reward_PG, axis=1))),
+        "best_reward": float(np.mean(np.nanmax(reward_PG[graded_P], axis=1))),
         "ungraded": int(np.sum(np.isnan(reward_PG))),
         "equal_reward_groups": float(np.mean(~informative_P)),
         "completion_tokens": float(tokens.mean()),

@@ -65,7 +65,7 @@ class Position:
         return position, {name: array for name, array in arrays.items() if name not in own}
 
 
-class Place(NamedTuple):
+class PromptPlace(NamedTuple):
     """Where a prompt is found."""
 
     corpus: str
@@ -108,7 +108,7 @@ class SamplingPolicy:
         lengths = self._config.lengths
         return lengths.limits[position.length_stage] if lengths else self._config.max_new_tokens
 
-    def draw(self, position: Position, generation: int, count: int) -> tuple[list[Place], Position, int]:
+    def draw(self, position: Position, generation: int, count: int) -> tuple[list[PromptPlace], Position, int]:
         """The next `count` prompts, the position behind them, and how many of them nothing but their turn speaks for.
 
         With a curriculum prompts are passed over whose pass rate lies outside of the generation's range. Such a prompt
@@ -130,14 +130,14 @@ class SamplingPolicy:
                 passed_over, index, exceptions = 0, self._index(name, first), exceptions + 1
             if passed_over:
                 skipped[name] = skipped.get(name, 0) + passed_over
-            places.append(Place(name, index))
+            places.append(PromptPlace(name, index))
         after = dataclasses.replace(position, prompts=position.prompts + count, skipped=skipped, pass_rates=rates)
         return places, after, exceptions
 
-    def prompt(self, place: Place) -> Prompt:
+    def prompt(self, place: PromptPlace) -> Prompt:
         return self._train[place.corpus][place.index]
 
-    def seen(self, position: Position, places: Sequence[Place], reward_PG: np.ndarray) -> Position:
+    def seen(self, position: Position, places: Sequence[PromptPlace], reward_PG: np.ndarray) -> Position:
         """The position that knows how often the completions of these prompts were right."""
         curriculum = self._config.curriculum
         if not curriculum:

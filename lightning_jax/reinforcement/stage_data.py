@@ -5,8 +5,9 @@ Shapes: N rows of a generation, R of an update, T tokens of a row.
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +26,13 @@ from lightning_jax.input_pipeline.tokenizers import Tokenizer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.references.live import kept_params
 from lightning_jax.references.running_stage import Key, RunningStage
-from lightning_jax.reinforcement.collecting import Collected, Collector
+from lightning_jax.reinforcement.collecting import Collector
 from lightning_jax.reinforcement.experience import delete_others, digest, packed, path_of, read_rows, write_rows
-from lightning_jax.reinforcement.generated import Begun, Generated
-from lightning_jax.reinforcement.grading import Verdicts, open_rewards
+from lightning_jax.reinforcement.generated import Generated
+from lightning_jax.reinforcement.grading import open_rewards
+from lightning_jax.reinforcement.rollout_generator import RolloutGenerator
 from lightning_jax.reinforcement.sampling_policy import Position
+from lightning_jax.reinforcement.scoring import Collected, Scorer
 from lightning_jax.train_step import Batch, TrainState
 
 EXACT_ROUNDING = "--xla_allow_excess_precision=false"
@@ -50,11 +53,18 @@ def check(config: RunConfig, say: Callable[[str], None]) -> None:
             continue
         with contextlib.ExitStack() as stack:
             open_rewards(settings.rewards, stack, say)
-        field, problems = f"config.stages.{name}.reinforcement.rollouts.mode", []
-        if settings.rollouts.mode == "aligned" and config.model.logits_dtype != "float32":
-            problems.append(f"{field}: 'aligned' needs an fp32 head; model.logits_dtype=float32")
-        if settings.rollouts.mode == "aligned" and EXACT_ROUNDING not in os.environ.get("XLA_FLAGS", ""):
-            problems.append(f"{field}: 'aligned' needs XLA_FLAGS={EXACT_ROUNDING} in the environment of the command")
+        field, rollouts, problems = f"config.stages.{name}.reinforcement.rollouts", settings.rollouts, []
+        if rollouts.mode == "aligned" and config.model.logits_dtype != "float32":
+            problems.append(f"{field}.mode: 'aligned' needs an fp32 head; model.logits_dtype=float32")
+        if rollouts.mode == "aligned" and EXACT_ROUNDING not in os.environ.get("XLA_FLAGS", ""):
+            problems.append(
+                f"{field}.mode: 'aligned' needs XLA_FLAGS={EXACT_ROUNDING} in the environment of the command"
+            )
+        if rollouts.devices and jax.process_count() > 1:
+            problems.append(
+                f"{field}.devices: {rollouts.devices} make rollouts while others train, which a run of one process "
+                f"can do, and this is one of {jax.process_count()}; {{}} for all devices in turns"
+            )
         if problems:
             raise UserError("\n".join(problems))
 
@@ -68,9 +78,10 @@ class Record(Protocol):
 class RolloutData:
     """Rollouts as batches (a `StageData`), and what a run needs to go on with them.
 
-    With a staleness of 1 the completions of the next generation are made before the first update on the present one,
-    and verified, by a thread, while the updates go on. Devices that serve both take turns, so it is the verifiers' time
-    that is gained; the thread starts no program of several devices, which must all be started in one order on each.
+    With a staleness of 1 the next generation is by the policy before the first update on the present one. Where some
+    devices make rollouts and nothing else, all of it is made by a thread while the updates go on. Where the devices
+    serve both, its completions are made first, and the thread only verifies them: it starts no program of several
+    devices, which must all be started in one order on each.
 
     Args:
         state: to go on from; the policy is the reference where the stage begins.
@@ -99,7 +110,10 @@ class RolloutData:
         self._seed = config.seed
         self._stack = contextlib.ExitStack()
         reward = open_rewards(self._settings.rewards, self._stack, place.say)
-        self._collector = Collector(config, place.stage, prompts, tokenizer, place.programs, reward, place.progress)
+        ends = {each.end_of_turn for each in prompts.values()}
+        self._generator = RolloutGenerator(config, place.stage, tokenizer, ends, place.programs, self._progress)
+        self._collector = Collector(config, place.stage, prompts, tokenizer, self._generator, reward)
+        self._scorer = Scorer(place.stage, place.programs)
         self._reference: nnx.State | None = None
         self.reference_key: Key | None = None
         if self._settings.policy_gradient.kl_coefficient:
@@ -109,7 +123,9 @@ class RolloutData:
         self._rows: HostBatch | None = None
         self._made = Position()
         self._ahead: Generated | None = None
-        self._begun: tuple[Begun, Future[tuple[Verdicts, float]], nnx.State | None] | None = None
+        self._waited = 0.0  # seconds for it
+        self._closed = False
+        self._begun: tuple[int, Callable[[], Generated]] | None = None  # a generation, and what waits for it
         self._thread = ThreadPoolExecutor(1) if self._settings.rollouts.staleness else None
         if saved:
             self._restore((int(state.step) - place.stage.first_step - 1) // self._updates)
@@ -121,7 +137,7 @@ class RolloutData:
 
     @property
     def position(self) -> Saved:
-        """What a checkpoint keeps; waits for the verifiers of rollouts that are made ahead."""
+        """What a checkpoint keeps; waits for rollouts that are made ahead."""
         self._settle()
         return self._saved
 
@@ -150,19 +166,33 @@ class RolloutData:
 
     def validation_rewards(self, params: nnx.State, most: int) -> dict[str, float]:
         """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
-        self._settle()  # verifiers do one thing at a time
-        return self._collector.validation_rewards(params, most)
+        self._settle()  # generators and verifiers do one thing at a time
+        self._generator.load(params)
+        rewards = self._collector.validation_rewards(most)
+        self._generator.release()
+        return rewards
 
     def close(self) -> None:
+        self._closed = True
         if self._thread:
             self._thread.shutdown()
         self._stack.close()
 
+    def _progress(self, doing: str) -> None:
+        """Takes what generators do; where nobody will have their rollouts any more, a thread's ends."""
+        if self._closed:
+            raise CancelledError
+        self._place.progress(doing)
+
     def _make(self, generation: int, step: int, state: TrainState) -> HostBatch:
         self._settle()
-        generated = self._ahead or self._collector.generate(generation, self._made, state.params)
+        if (generated := self._ahead) is None:
+            self._generator.load(state.params)
+            generated = self._collector.generate(generation, self._made)
+            self._generator.release()
         value = state.value and state.value.params
-        collected = self._collector.finish(generation, generated, state.params, self._reference, value)
+        collected = self._scorer.collected(generation, generated, state.params, self._reference, value)
+        collected.timing["waiting_seconds"], self._waited = self._waited, 0.0
         self._made, self._ahead = generated.position, None
         arrays = collected.rows | self._made.arrays()
         self._saved = {"rollouts": digest(arrays)}
@@ -170,24 +200,37 @@ class RolloutData:
             write_rows(self._path(generation), arrays)
             delete_others(self._place.run, self._stage.name, {generation, *self._needed_by_checkpoints()})
         if self._thread and generation + 1 < self._collector.num_generations:
-            begun = self._collector.begin(generation + 1, self._made, state.params)
-            # The next step uses these parameters up, and further prompts would be asked of them.
-            kept = jax.tree.map(jnp.copy, state.params) if self._settings.rollouts.dynamic_sampling else None
-            self._begun = begun, self._thread.submit(self._collector.verify, begun), kept
+            self._begun = generation + 1, self._begin(generation + 1, state.params)
         self._record(self._stage.first_step + step + 1, collected)
         return collected.rows
+
+    def _begin(self, generation: int, params: nnx.State) -> Callable[[], Generated]:
+        """Begins a generation by the policy as it is; what waits for it is to be called before the next begins."""
+        collector, shared = self._collector, not self._settings.rollouts.devices
+        if shared and self._settings.rollouts.dynamic_sampling:
+            # The next step uses these parameters up, and further prompts will be asked of them.
+            params = jax.tree.map(jnp.copy, params)
+        self._generator.load(params)
+        if not shared:
+            return self._thread.submit(collector.generate, generation, self._made).result
+        begun = collector.begin(generation, self._made)
+        verified = self._thread.submit(collector.verify, begun)
+        return lambda: collector.complete(begun, verified.result())
 
     def _settle(self) -> None:
         """Completes the generation that is made ahead, if one is."""
         if self._begun is None:
             return
-        begun, verified, params = self._begun
-        self._place.progress("waiting for the verifiers")
-        self._ahead, self._begun = self._collector.complete(begun, verified.result(), params), None
+        generation, completed = self._begun
+        self._place.progress("waiting for rollouts")
+        begin = time.perf_counter()
+        self._ahead, self._begun = completed(), None
+        self._generator.release()
+        self._waited += time.perf_counter() - begin
         arrays = self._ahead.arrays()
         self._saved |= {"ahead": digest(arrays)}
         if jax.process_index() == 0:
-            write_rows(self._path(begun.generation, ahead=True), arrays)
+            write_rows(self._path(generation, ahead=True), arrays)
 
     def _restore(self, generation: int) -> None:
         """Goes on behind or in the middle of a generation."""

@@ -4,9 +4,10 @@ from lightning_jax.rewards.code import CodeReward
 from lightning_jax.rewards.combining import ByDataset, Rescaled, WeightedSum
 from lightning_jax.rewards.form import FormatReward
 from lightning_jax.rewards.ifeval import IFEvalReward
-from lightning_jax.rewards.judge import Endpoint, GradedJudge, JudgeError, PairwiseJudge
+from lightning_jax.rewards.judge import Endpoint, Judge, JudgeError, compared, graded
 from lightning_jax.rewards.length_bias import LengthBias, padding_gain
 from lightning_jax.rewards.math_answers import MathReward, gsm8k_reward
+from lightning_jax.rewards.own import OwnReward
 from lightning_jax.rewards.puzzles import make_puzzle, puzzle_records, puzzle_reward
 from lightning_jax.rewards.reward import Completion, Reward, RewardFunction
 from lightning_jax.rewards.reward_model import RewardModelReward
@@ -21,13 +22,13 @@ __all__ = [
     "Execution",
     "FormatReward",
     "FunctionTests",
-    "GradedJudge",
     "IFEvalReward",
+    "Judge",
     "JudgeError",
     "LengthBias",
     "Limits",
     "MathReward",
-    "PairwiseJudge",
+    "OwnReward",
     "Program",
     "Rescaled",
     "Reward",
@@ -36,6 +37,8 @@ __all__ = [
     "Sandbox",
     "Tulu3IFEvalReward",
     "WeightedSum",
+    "compared",
+    "graded",
     "gsm8k_reward",
     "make_puzzle",
     "padding_gain",

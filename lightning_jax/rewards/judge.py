@@ -100,66 +100,52 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class GradedJudge:
-    """0 to 1 in five grades, by the record's `ground_truth`.
+class Judge:
+    """What a judge says of completions.
 
     Attributes:
-        threads: questions at the same time.
-    """
-
-    ask: Ask
-    threads: int
-
-    def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
-        return _in_threads(self._reward, completions, self.threads)
-
-    def _reward(self, completion: Completion) -> Reward:
-        response, mark = _shown(completion)
-        reference = str(required(completion, "ground_truth"))
-        question = GRADING.format(question=_question(completion), reference=reference, response=response, mark=mark)
-        grade = int(_verdict(self.ask([{"role": "user", "content": question}]), "Grade", "[1-5]"))
-        return Reward((grade - 1) / 4, f"grade {grade} of 5")
-
-
-@dataclass(frozen=True)
-class PairwiseJudge:
-    """1 where the completion is better than the record's `reference`, -1 where worse, else 0.
-
-    Both orders are asked, and only what both say counts: judges like the place of a response.
-
-    Attributes:
+        verdict: asks it about one: `graded` or `compared`.
         threads: completions at the same time.
     """
 
     ask: Ask
+    verdict: Callable[[Ask, Completion], Reward]
     threads: int
 
     def __call__(self, completions: Sequence[Completion], /) -> list[Reward]:
-        return _in_threads(self._reward, completions, self.threads)
+        def judged(completion: Completion) -> Reward:
+            try:
+                return self.verdict(self.ask, completion)
+            except JudgeError as error:
+                return Reward.infra(f"judge: {error}")
 
-    def _reward(self, completion: Completion) -> Reward:
-        response, mark = _shown(completion)
-        reference = str(required(completion, "reference"))
-        verdicts = []
-        for first, second, mine in ((response, reference, "A"), (reference, response, "B")):
-            question = COMPARING.format(question=_question(completion), first=first, second=second, mark=mark)
-            better = _verdict(self.ask([{"role": "user", "content": question}]), "Better", "A|B|neither")
-            verdicts.append(0 if better == "neither" else 1 if better == mine else -1)
-        score = float(verdicts[0]) if verdicts[0] == verdicts[1] else 0.0
-        return Reward(score, f"first {verdicts[0]:+d}, second {verdicts[1]:+d} against the reference")
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(judged, completions))
 
 
-def _in_threads(
-    reward: Callable[[Completion], Reward], completions: Sequence[Completion], threads: int
-) -> list[Reward]:
-    def judged(completion: Completion) -> Reward:
-        try:
-            return reward(completion)
-        except JudgeError as error:
-            return Reward.infra(f"judge: {error}")
+def graded(ask: Ask, completion: Completion) -> Reward:
+    """0 to 1 in five grades, by the record's `ground_truth`."""
+    response, mark = _shown(completion)
+    reference = str(required(completion, "ground_truth"))
+    question = GRADING.format(question=_question(completion), reference=reference, response=response, mark=mark)
+    grade = int(_last_line(ask([{"role": "user", "content": question}]), "Grade", "[1-5]"))
+    return Reward((grade - 1) / 4, f"grade {grade} of 5")
 
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(judged, completions))
+
+def compared(ask: Ask, completion: Completion) -> Reward:
+    """1 where the completion is better than the record's `reference`, -1 where worse, else 0.
+
+    Both orders are asked, and only what both say counts: judges like the place of a response.
+    """
+    response, mark = _shown(completion)
+    reference = str(required(completion, "reference"))
+    verdicts = []
+    for first, second, mine in ((response, reference, "A"), (reference, response, "B")):
+        question = COMPARING.format(question=_question(completion), first=first, second=second, mark=mark)
+        better = _last_line(ask([{"role": "user", "content": question}]), "Better", "A|B|neither")
+        verdicts.append(0 if better == "NEITHER" else 1 if better == mine else -1)
+    score = float(verdicts[0]) if verdicts[0] == verdicts[1] else 0.0
+    return Reward(score, f"first {verdicts[0]:+d}, second {verdicts[1]:+d} against the reference")
 
 
 def _shown(completion: Completion) -> tuple[str, str]:
@@ -172,10 +158,9 @@ def _question(completion: Completion) -> str:
     return "\n\n".join(f"{each['role']}: {each['content']}" for each in completion.prompt)
 
 
-def _verdict(said: str, name: str, values: str) -> str:
-    """The last verdict of a judge."""
+def _last_line(said: str, name: str, values: str) -> str:
+    """The last of the verdicts that a judge gives, in capitals."""
     found = re.findall(rf"^\W*{name}:\W*({values})\W*$", said, re.MULTILINE | re.IGNORECASE)
     if not found:
         raise JudgeError(f"no line `{name}: ...` in {said[-100:]!r}")
-    verdict = found[-1]
-    return verdict.lower() if verdict.lower() == "neither" else verdict.upper()
+    return found[-1].upper()

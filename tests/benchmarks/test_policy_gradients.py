@@ -1,4 +1,4 @@
-"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it."""
+"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it, and a clip of the ratio delays it."""
 
 import json
 import os
@@ -10,27 +10,29 @@ import forgotten_carries
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-LESS = ["--settings=common", "--algorithms", "CISPO", "DAPO", "--seeds=1", "--generations=8", "--passes=7"]
+LESS = ["--algorithms", "CISPO", "DAPO", "--seeds=1", "--rates", "3e-4:3", "--passes=3"]
 
 
-def test_the_fork_is_where_the_right_sum_leaves_the_forgetful_one():
-    assert forgotten_carries.without_carry(47, 38) == "75"
-    assert forgotten_carries.without_carry(95, 17) == "02"
-    assert [forgotten_carries.fork(*pair) for pair in ((47, 38), (95, 17), (20, 91))] == [0, 0, 2]
+def test_the_fork_is_where_the_right_answer_leaves_the_forgetful_one():
+    right, forgetful = (forgotten_carries.answer(47, 38, carry=carry) for carry in (True, False))
+    assert (right, forgetful) == ("7+8=15 4+3+1=8 85", "7+8=15 4+3=7 75")
+    assert forgotten_carries.answer(95, 17, carry=True) == "5+7=12 9+1+1=11 112"
+    assert forgotten_carries.fork(47, 38) == right.index("+1=8")
 
 
 @pytest.mark.slow
-def test_reward_teaches_the_carry_and_only_a_ratio_clip_leaves_tokens_out(tmp_path):
+def test_reward_teaches_a_rare_fork_and_a_clip_of_the_ratio_delays_it(tmp_path):
     script = str(REPOSITORY / "benchmarks" / "policy_gradients.py")
     environment = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, script, *LESS, "--learning_rate=3e-4", f"--folder={tmp_path}", f"--results={tmp_path}"]
+    command = [sys.executable, script, *LESS, f"--folder={tmp_path}", f"--results={tmp_path}"]
     subprocess.run(command, env=environment, check=True, timeout=600)
     figures = json.loads((tmp_path / "policy_gradients.json").read_text())
     assert (tmp_path / "policy_gradients.png").exists()
-    curves = figures["curves"]["common"]
-    for cispo, dapo in zip(curves["CISPO"], curves["DAPO"], strict=True):
-        assert cispo["held_out"][-1] > cispo["held_out"][0] + 0.2
-        assert max(cispo["clip_share"]) == 0
-        assert max(dapo["clip_share"]) > max(cispo["cap_share"])
-    for shares in figures["moved"]["common"].values():
-        assert shares["right carries"] > 2 * shares["other tokens"]
+    (curves,), (shares,) = figures["curves"].values(), figures["moved"].values()
+    (cispo,), (dapo,) = curves["CISPO"], curves["DAPO"]
+    assert cispo["held_out"][-1] > cispo["held_out"][0] + 0.2
+    assert cispo["reward"][1] > dapo["reward"][1] + 0.1
+    assert max(cispo["clip_share"]) == 0
+    assert max(dapo["clip_share"]) > max(cispo["cap_share"])
+    for each in shares.values():
+        assert each["right forks"] > 2 * each["other tokens"]

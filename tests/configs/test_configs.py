@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from lightning_jax import selection
 from lightning_jax.config import ConfigError
 from lightning_jax.config_reader import load_config
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.optimizers import learning_rate
 from lightning_jax.stages import plan_stages, with_lengths
 
@@ -99,7 +100,7 @@ def test_mesh_divides_over_the_devices_it_is_meant_for(name):
     if name == "minimax_text_01:456b,seed":
         published["456b"] = (256,)  # its rows are 64
     for num_devices in published.get(size, (1, 8)):
-        assert load(name).problems_on(num_devices) == []
+        assert problems_on(load(name), num_devices) == []
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

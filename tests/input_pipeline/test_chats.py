@@ -68,6 +68,7 @@ def text(store, document, trained=False):
         ({"messages": [ASK, {"role": "gpt", "content": "so"}]}, "conversations", "assistant; its roles: user, gpt"),
         ({"chosen": CHAT}, "preferences", "missing field: no field 'rejected'; there are chosen"),
         ({"chosen": CHAT, "rejected": [ASK]}, "preferences", "'rejected' has no message of the assistant"),
+        ({"chosen": CHAT, "rejected": [ASK, *CHAT]}, "preferences", "no pair: 'chosen' and 'rejected' do not answer"),
         ({"chosen": "a", "rejected": "b"}, "preferences", "missing field: no field 'prompt'"),
         ({"chosen": CHAT, "rejected": WORSE, "margin": "2"}, "preferences", "'margin' is a str, not a number"),
     ],

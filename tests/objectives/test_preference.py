@@ -17,7 +17,8 @@ from lightning_jax import parallel
 from lightning_jax.models import HybridLM, RewardModel
 from lightning_jax.models.operators import ONE_DEVICE
 from lightning_jax.objectives import NextToken, Preference, PreferenceConfig, Reward, RewardModelConfig
-from lightning_jax.objectives.preference import REFERENCE
+from lightning_jax.objectives.preference import REFERENCE, preference_loss
+from lightning_jax.objectives.reward import reward_loss
 from lightning_jax.train_step import accumulated_sums
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "preference.npz")
@@ -260,3 +261,16 @@ def test_a_pair_without_an_answer_on_a_side_does_not_count():
         (_, nothing), gradients = call(jax.tree.map(jnp.zeros_like, batch))
         assert nothing["loss"] == 0
         assert all(np.all(np.isfinite(gradient)) for gradient in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("gap", [-1e4, 1e4])
+def test_losses_of_pairs_far_apart_are_linear_and_do_not_overflow(gap):
+    def of_reward(gap):
+        return reward_loss(RewardModelConfig(use_margin=False, centring=0.0), gap, jnp.zeros(()))
+
+    def of_preference(gap):
+        return preference_loss(PreferenceConfig("dpo", 1.0, "cached"), gap, jnp.zeros(()))[0]
+
+    for loss in (of_reward, of_preference):
+        value, slope = jax.value_and_grad(loss)(jnp.float32(gap))
+        assert (value, slope) == ((1e4, -1) if gap < 0 else (0, 0))

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_jax.config_reader import load_config
 from lightning_jax.errors import UserError
+from lightning_jax.mesh_problems import problems_on
 from lightning_jax.parallel import MeshConfig
 from lightning_jax.plan import main
 from lightning_jax.planning.estimate import estimate
@@ -49,7 +50,7 @@ def test_a_stated_mesh_fits_and_divides_everything(name, chip):
     target = parse_slice(SLICES[chip])
     config, why = with_mesh(config, "preset", stages, target)
     assert why.endswith(f"the one stated for {name} on {chip}")
-    assert not config.problems_on(target.num_devices)
+    assert not problems_on(config, target.num_devices)
     assert estimate(config, stages[0], target).fits
 
 

@@ -1,6 +1,8 @@
 """Dynamic sampling refills, gives up and says so; what is measured is not what was selected."""
 
 import dataclasses
+import itertools
+import time
 import types
 
 import numpy as np
@@ -18,6 +20,7 @@ from lightning_jax.reinforcement.config import ReinforcementConfig, RewardConfig
 from lightning_jax.reinforcement.generated import Generated
 from lightning_jax.reinforcement.recipes import group_relative, rewards, rollouts
 from lightning_jax.reinforcement.sampling_policy import Position
+from lightning_jax.reinforcement.scoring import Scorer
 from lightning_jax.rewards.reward import Reward
 
 NUM_PROMPTS, SAMPLES, UPDATES, ROWS, LENGTH = 12, 2, 2, 4, 16
@@ -57,11 +60,15 @@ class Programs:
         return rows[RECORDED] + self.gap * sign
 
 
-def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0):
-    """A policy whose first completion of a prompt is right and whose second is wrong, but for hopeless prompts."""
+def by_text(completions):
+    return [Reward(float(each.text == "right"), each.text) for each in completions]
 
-    def reward(completions):
-        return [Reward(float(each.text == "right"), each.text) for each in completions]
+
+def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0, reward=by_text):
+    """A policy whose first completion of a prompt is right and whose second is wrong, but for hopeless prompts.
+
+    With the trainer that scores it.
+    """
 
     stage = types.SimpleNamespace(
         name="rl",
@@ -75,15 +82,10 @@ def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0):
     )
     tokenizer = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
-    @dataclasses.dataclass(frozen=True)
-    class Model:
-        rope_theta: float = 1e4
-
-    config = types.SimpleNamespace(seed=seed, model=Model())
-    made = Collector(config, stage, {"digits": PROMPTS}, tokenizer, programs or Programs(), reward, lambda doing: None)
+    config = types.SimpleNamespace(seed=seed)
     rng = np.random.default_rng(0)
 
-    def completions(params, prompts, sampling):
+    def completions(prompts, *, limit, seed):
         return [
             [
                 Completion(
@@ -94,24 +96,33 @@ def collector(settings=SETTINGS, *, hopeless=(), programs=None, seed=0):
                     "stop",
                     "right" if sample == 0 and prompt.ids[1] - 2 not in hopeless else "wrong",
                 )
-                for sample in range(sampling.samples)
+                for sample in range(SAMPLES)
             ]
             for place, prompt in enumerate(prompts)
         ]
 
-    made._completions = completions
-    return made
+    generator = types.SimpleNamespace(completions=completions)
+    made = Collector(config, stage, {"digits": PROMPTS}, tokenizer, generator, reward)
+    return made, Scorer(stage, programs or Programs())
 
 
-def collect(collector, generation=0, prompts=0, reference=None):
+def collect(collector_and_scorer, generation=0, prompts=0, reference=None):
     """A generation that begins after so many prompts."""
-    generated = collector.generate(generation, Position(prompts=prompts), "policy")
-    return collector.finish(generation, generated, "policy", reference)
+    collector, scorer = collector_and_scorer
+    generated = collector.generate(generation, Position(prompts=prompts))
+    return scorer.collected(generation, generated, "policy", reference)
 
 
 def asked(rows):
     """The prompts of the rows, one of each group."""
     return (rows["inputs"][::SAMPLES, 1] - 2).tolist()
+
+
+def test_there_is_no_setting_that_cuts_the_distribution():
+    given = rollouts(samples=2, updates=2, max_new_tokens=8, slots=4, dynamic_sampling=True)
+    for name in ("top_p", "top_k"):
+        _, problems = parse(RolloutConfig, given | {name: 0.9})
+        assert [problem.partition(";")[0] for problem in problems] == [f"config.{name}: no such field"]
 
 
 def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
@@ -123,6 +134,7 @@ def test_a_generation_has_rows_for_all_updates_with_advantages_of_groups():
     assert second == pytest.approx(3 * -0.7071, rel=1e-3)
     assert collected.metrics["reward"] == 0.5
     assert collected.metrics["completion_tokens"] == 2.5
+    assert collected.metrics["padding_share"] == pytest.approx(1 - (2 + 2.5 - 1) / LENGTH)
     assert not collected.warnings
 
 
@@ -134,6 +146,16 @@ def test_prompts_with_equal_rewards_are_replaced_by_the_next_ones():
     assert collected.rows["loss_mask"].any(axis=1).all()
     assert collected.metrics["reward"] == 0.25  # of the first four prompts, whatever was put in their place
     assert collected.metrics["equal_reward_groups"] == 0.5
+
+
+def test_tokens_per_second_count_those_of_refills(monkeypatch):
+    """Four prompts, and two in place of those that are hopeless: two and three tokens of each."""
+    order = asked(collect(collector()).rows)
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    timing = collect(collector(hopeless=order[1:3])).timing
+    assert timing["generation_seconds"] == timing["reward_seconds"] == 2  # one each time
+    assert timing["generated_tokens_per_second"] == timing["rewarded_tokens_per_second"] == (4 + 2) * (2 + 3) / 2
 
 
 def test_refills_end_and_what_teaches_nothing_counts_nowhere():
@@ -191,10 +213,10 @@ def test_samples_say_what_they_were_worth_and_why():
 
 
 def test_what_was_generated_is_the_same_from_its_file():
-    made = collector()
-    generated = made.generate(0, Position(), "policy")
+    made, scorer = collector()
+    generated = made.generate(0, Position())
     again = Generated.of_arrays(generated.arrays())
-    collected, expected = (made.finish(0, each, "policy") for each in (again, generated))
+    collected, expected = (scorer.collected(0, each, "policy") for each in (again, generated))
     assert collected.metrics == expected.metrics
     assert collected.samples == expected.samples
     assert collected.rows.keys() == expected.rows.keys()
@@ -210,16 +232,14 @@ def test_a_reward_that_likes_length_is_told():
     likes_short = collect(collector(settings))
     assert likes_short.metrics["length_correlation"] == pytest.approx(-1)
     assert not likes_short.warnings
-    made = collector(settings)
-    made._reward = lambda completions: [Reward(float(each.tokens), "long") for each in completions]
-    likes_long = collect(made)
+    likes_long = collect(collector(settings, reward=lambda all: [Reward(float(each.tokens), "long") for each in all]))
     assert likes_long.metrics["length_correlation"] == pytest.approx(1)
     assert "the reward likes length: among a prompt's completions they correlate by 1.00" in likes_long.warnings[0]
 
 
 def test_perplexity_is_that_of_the_tokens_that_were_drawn():
-    made = collector()
-    generated = made.generate(0, Position(), "policy")
+    made, _ = collector()
+    generated = made.generate(0, Position())
     log_probs = generated.rows[RECORDED][generated.rows["loss_mask"]]
     assert generated.metrics["perplexity"] == pytest.approx(np.exp(-log_probs.mean()), rel=1e-6)
 
@@ -230,11 +250,11 @@ def test_lengths_and_curriculum_go_on_from_the_position():
     plain = rollouts(samples=SAMPLES, updates=UPDATES, max_new_tokens=8, slots=4, dynamic_sampling=False, **more)
     (config, problems) = parse(RolloutConfig, plain)
     assert not problems
-    made = collector(dataclasses.replace(SETTINGS, rollouts=config), hopeless=range(6))
+    made, _ = collector(dataclasses.replace(SETTINGS, rollouts=config), hopeless=range(6))
     position, limits, prompts = Position(), [], []
     for generation in range(4):
         limits.append(made.sampling_policy.limit(position))
-        generated = made.generate(generation, position, "policy")
+        generated = made.generate(generation, position)
         assert generated.metrics["max_new_tokens"] == limits[-1]
         prompts.append(asked(generated.rows))
         position = generated.position

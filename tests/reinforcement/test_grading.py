@@ -13,7 +13,7 @@ from lightning_jax.errors import UserError
 from lightning_jax.generation import Completion
 from lightning_jax.input_pipeline.prompts import Prompt
 from lightning_jax.reinforcement.config import RewardConfig
-from lightning_jax.reinforcement.grading import grade, open_rewards, shaped, verify
+from lightning_jax.reinforcement.grading import grade, open_rewards, shaped, ungraded, verify
 from lightning_jax.reinforcement.recipes import rewards
 from lightning_jax.rewards.isolation import WAYS_OUT
 from lightning_jax.rewards.reward import Reward
@@ -56,16 +56,31 @@ def test_completions_of_a_prompt_are_graded_in_their_order_with_reasons():
     assert "3 ≠ 2" in grades.reasons[0][1]
 
 
-def test_what_no_verifier_could_grade_has_no_score():
+def test_what_no_verifier_could_grade_has_no_score_and_is_said():
     def away(completions):
-        return [Reward.infra("endpoint away")] * len(completions)
+        return [Reward.infra("endpoint away") if each.text == "2" else Reward(1.0, "") for each in completions]
 
     config = changed(overlong_buffer=4)
-    groups = [[completion("2", tokens=8)]]
+    groups = [[completion("2", tokens=8), completion("3", tokens=4)]]
     grades = grade(verify(away, [PROMPT], groups), config, groups, max_new_tokens=8)
-    assert math.isnan(grades.reward_PG[0, 0])
-    assert math.isnan(grades.score_PG[0, 0])
-    assert grades.reasons == [["endpoint away"]]
+    np.testing.assert_array_equal(grades.reward_PG, [[math.nan, 1]])
+    np.testing.assert_array_equal(grades.score_PG, [[math.nan, 1]])
+    assert grades.reasons == [["endpoint away", ""]]
+    assert ungraded(grades) == "1 of 2 completions have no reward: endpoint away"
+    alone = [group[:1] for group in groups]
+    with pytest.raises(UserError, match="no verifier could grade any of 1 completions: endpoint away"):
+        ungraded(grade(verify(away, [PROMPT], alone), config, alone, max_new_tokens=8))
+
+
+def test_a_function_of_the_users_own_is_a_reward(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(completions):\n    return [-each.tokens for each in completions]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = RewardConfig(**rewards(**{"my_rewards:brevity": 0.5, "gsm8k": 1.0}))
+    with contextlib.ExitStack() as stack:
+        verdicts = verify(open_rewards(config, stack, print), [PROMPT], [[completion("2"), completion("3", tokens=8)]])
+    np.testing.assert_array_equal(verdicts.reward_N, [1 - 1.5, -4])
 
 
 def test_a_reward_that_there_is_not_is_told():

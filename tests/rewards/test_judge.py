@@ -8,7 +8,7 @@ import pytest
 from audit import completion
 
 from lightning_jax.errors import UserError
-from lightning_jax.rewards import Endpoint, GradedJudge, JudgeError, PairwiseJudge, WeightedSum
+from lightning_jax.rewards import Endpoint, Judge, JudgeError, WeightedSum, compared, graded
 
 
 class Server:
@@ -75,14 +75,14 @@ def test_what_a_server_does_wrong_is_a_judge_error(server, answer, message):
 
 def test_a_server_that_is_away_is_an_infra_error():
     away = Endpoint("http://127.0.0.1:9/v1", "judge", None, {}, 2.0)
-    (reward,) = GradedJudge(away, threads=1)([completion("a", ground_truth="b")])
+    (reward,) = Judge(away, graded, threads=1)([completion("a", ground_truth="b")])
     assert reward.infra_error
     assert reward.reason.startswith("judge: http://127.0.0.1:9/v1: ")
 
 
 def test_infra_errors_of_a_judge_are_tried_again(server):
     server.say("I cannot decide.", "Grade: 4")
-    judge = WeightedSum({"judge": (1.0, GradedJudge(server.endpoint(), threads=1))}, attempts=2, pause=0)
+    judge = WeightedSum({"judge": (1.0, Judge(server.endpoint(), graded, threads=1))}, attempts=2, pause=0)
     (reward,) = judge([completion("a", ground_truth="b")])
     assert reward.score == 0.75
 
@@ -92,13 +92,13 @@ def test_infra_errors_of_a_judge_are_tried_again(server):
     [("Grade: 1", 0), ("Well.\n**Grade: 3**", 0.5), ("Grade: 5\nNo:\nGrade: 2", 0.25), ("grade: 5.", 1)],
 )
 def test_five_grades(said, score):
-    (reward,) = GradedJudge(lambda chat: said, threads=1)([completion("a", ground_truth="b")])
+    (reward,) = Judge(lambda chat: said, graded, threads=1)([completion("a", ground_truth="b")])
     assert reward.score == score
 
 
 @pytest.mark.parametrize("said", ["", "Grade: 6", "Grade: 10", "the Grade: 5 of it", "Grade: none"])
 def test_what_is_no_grade_is_no_zero(said):
-    (reward,) = GradedJudge(lambda chat: said, threads=1)([completion("a", ground_truth="b")])
+    (reward,) = Judge(lambda chat: said, graded, threads=1)([completion("a", ground_truth="b")])
     assert reward.infra_error
 
 
@@ -109,7 +109,7 @@ def test_a_judge_sees_the_question_the_reference_and_no_thinking():
         asked.append(chat[0]["content"])
         return "Grade: 1"
 
-    GradedJudge(ask, threads=1)([completion("<think>hidden</think>shown\nGrade: 5", ground_truth="forty-two")])
+    Judge(ask, graded, threads=1)([completion("<think>hidden</think>shown\nGrade: 5", ground_truth="forty-two")])
     assert all(each in asked[0] for each in ("user: ?", "forty-two", "shown"))
     assert "hidden" not in asked[0]
     mark = asked[0].split("between marks ")[1].split(":")[0]
@@ -136,10 +136,10 @@ def better(name):
     ],
 )
 def test_pairwise_verdicts_count_where_both_orders_agree(ask, score):
-    (reward,) = PairwiseJudge(ask, threads=2)([completion("mine", reference="other")])
+    (reward,) = Judge(ask, compared, threads=2)([completion("mine", reference="other")])
     assert reward.score == score
 
 
 def test_a_record_without_reference_is_said_in_one_line():
     with pytest.raises(UserError, match="a record without reference"):
-        PairwiseJudge(lambda chat: "", threads=1)([completion("a", ground_truth="b")])
+        Judge(lambda chat: "", compared, threads=1)([completion("a", ground_truth="b")])

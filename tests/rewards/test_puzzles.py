@@ -25,6 +25,8 @@ GRIDS = {  # those whose level 1 has few enough grids to try them all: the value
     "kakurasu": (".X", 9),
     "minesweeper": (".X", 9),
     "nonogram": (".X", 9),
+    "norinori": (".X", 16),
+    "number_wall": (".X", 16),
     "skyscrapers": ("123", 9),
     "star_placement": (".X", 16),
 }

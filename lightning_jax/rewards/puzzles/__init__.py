@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_jax.errors import UserError
 from lightning_jax.rewards.answers import final_part
-from lightning_jax.rewards.puzzles import line_marks, logic, marks, moves, numbers, squares
+from lightning_jax.rewards.puzzles import line_marks, logic, marks, moves, numbers, regions, squares
 from lightning_jax.rewards.puzzles.core import Family, Puzzle
 from lightning_jax.rewards.reward import Completion, Reward, required
 
@@ -84,6 +84,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "nonogram": Family(
         line_marks.make_nonogram, line_marks.check_nonogram, ((3,), (4,), (5,), (6,), (7,)), unique=True
+    ),
+    "norinori": Family(
+        regions.make_norinori, regions.check_norinori, ((4, 3), (5, 4), (6, 5), (6, 6), (7, 8)), unique=True
+    ),
+    "number_wall": Family(
+        regions.make_number_wall, regions.check_number_wall, ((4, 3), (5, 3), (5, 5), (6, 5), (7, 6)), unique=True
     ),
     "numbrix": Family(
         numbers.make_numbrix, numbers.check_numbrix, ((3, 2), (4, 5), (4, 3), (5, 6), (6, 12)), unique=True

@@ -156,6 +156,22 @@ def neighbours(width: int, height: int, *, diagonal: bool) -> list[list[Cell]]:
     return result
 
 
+def grown_regions(seeds: Mapping[Cell, int], size: int, rng: random.Random) -> list[int]:
+    """The region of each cell of a square: each grows from its seed, until no cell is left."""
+    beside = neighbours(size, size, diagonal=False)
+    region = dict(seeds)
+    while free := [cell for cell in range(size**2) if cell not in region]:
+        cell = rng.choice(free)
+        if near := [region[each] for each in beside[cell] if each in region]:
+            region[cell] = rng.choice(near)
+    return [region[cell] for cell in range(size**2)]
+
+
+def members(region: Sequence[int]) -> list[list[Cell]]:
+    """The cells of each region."""
+    return [[cell for cell, each in enumerate(region) if each == one] for one in range(max(region) + 1)]
+
+
 def show(values: Sequence[Any], width: int, empty: str = ".") -> str:
     """A grid as text: a line for each row, spaces between."""
     cells = [empty if value is None else str(value) for value in values]

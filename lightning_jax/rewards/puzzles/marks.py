@@ -9,10 +9,12 @@ from lightning_jax.rewards.puzzles.core import (
     MARKED_GRID,
     Cell,
     Made,
+    grown_regions,
     hide,
     lines_of,
     marks_possible,
     matches_given,
+    members,
     neighbours,
     read_marks,
     show,
@@ -127,17 +129,14 @@ def check_campsite(data: Mapping[str, Any], answer: str) -> bool:
 
 
 def make_star_placement(rng: random.Random, size: int) -> Made:
-    around, beside = neighbours(size, size, diagonal=True), neighbours(size, size, diagonal=False)
+    around = neighbours(size, size, diagonal=True)
     while True:
         columns = rng.sample(range(size), size)
         if all(abs(a - b) > 1 for a, b in itertools.pairwise(columns)):
             break
     truth = [int(columns[cell // size] == cell % size) for cell in range(size**2)]
-    region: list[int | None] = [cell // size if truth[cell] else None for cell in range(size**2)]
-    while None in region:  # regions grow from their stars
-        cell = rng.choice([each for each, value in enumerate(region) if value is None])
-        region[cell] = rng.choice([region[each] for each in beside[cell]])
-    groups = [*lines_of(size, size), *([c for c, r in enumerate(region) if r == each] for each in range(size))]
+    region = grown_regions({row * size + column: row for row, column in enumerate(columns)}, size, rng)
+    groups = [*lines_of(size, size), *members(region)]
 
     def check(values: list, cell: Cell) -> bool:
         if values[cell] and any(values[each] for each in around[cell]):
@@ -147,7 +146,7 @@ def make_star_placement(rng: random.Random, size: int) -> Made:
     given = unique_clues(truth, [(0, 1)] * size**2, check=check, rng=rng)
     question = (
         "Place stars so that each row, each column and each region (cells of one letter) has exactly one, and no "
-        f"two touch, not even diagonally.\n\n{show([chr(65 + each) for each in region if each is not None], size)}\n\n"
+        f"two touch, not even diagonally.\n\n{show([chr(65 + each) for each in region], size)}\n\n"
         f"Known cells:\n{show_marks(hide(truth, given), size)}"
     )
     return question, MARKED_GRID, {"region": region, "given": hide(truth, given), "size": size}, show_marks(truth, size)
@@ -156,10 +155,9 @@ def make_star_placement(rng: random.Random, size: int) -> Made:
 def check_star_placement(data: Mapping[str, Any], answer: str) -> bool:
     size, values = data["size"], read_marks(answer, data["size"])
     around = neighbours(size, size, diagonal=True)
-    regions = [[c for c, r in enumerate(data["region"]) if r == each] for each in range(size)]
     return (
         matches_given(values, data["given"])
-        and all(sum(values[cell] for cell in group) == 1 for group in [*lines_of(size, size), *regions])
+        and all(sum(values[cell] for cell in group) == 1 for group in [*lines_of(size, size), *members(data["region"])])
         and not any(values[cell] and any(values[each] for each in around[cell]) for cell in range(size**2))
     )
 
