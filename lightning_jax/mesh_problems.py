@@ -44,7 +44,8 @@ def problems_on(config: RunConfig, num_devices: int) -> list[str]:
                 for field, size, axis, parts in [*_of_model(model, share), slots]
             ]
     return [
-        f"config.{field}: {size} does not divide over mesh {axis}={parts}; make it a multiple of {parts}"
+        f"config.{field}: {size} does not divide over mesh {axis}={parts}; "
+        f"make it a multiple of {parts}, or {axis} a divisor of {size}"
         for field, size, axis, parts in splits
         if size % parts
     ]

@@ -98,7 +98,10 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
         mesh, of_stages = min(plans, key=lambda each: needed(each[1]))
         least = f"{mesh_text(mesh.sizes())} needs least, {size(needed(of_stages))} of {size(target.chip.memory_bytes)}"
         if not all(plan.fits for plan in of_stages):
-            raise UserError(f"--mesh=auto: nothing fits {target.name}: {least}")
+            raise UserError(
+                f"--mesh=auto: nothing fits {target.name} with {RESERVE:.0%} of its memory left free: {least}; give "
+                f"that as config.mesh to be told what to change"
+            )
         return mesh, f"mesh {least}: nothing fits with room for the estimate's error"
 
     def seconds(of_stages: list[Estimate]) -> float:
