@@ -20,8 +20,14 @@ stage_4_end, which --config.run_stages=stage_1,stage_2,stage_3,stage_4,stage_4_e
 here: the shares within the math of stages 3 and 4, within the web of stage 4 and within the small models' corpora, and
 the learning rate of the branch, which goes on with the decay.
 
-sft and dpo (section 5, and the released configs) are runs of their own: --config.run_stages=sft
---init_from=FOLDER with the folder of a pre-trained run. sft: 2 passes over SmolTalk (135m, 360m: smol-smoltalk) in rows
+sft and dpo (section 5, and the released configs) are runs of their own, each in a folder of its own:
+
+    python -m lightning_jax.train --config=configs/smollm2.py:laptop --config.run_stages=sft \
+        --init_from=runs/smollm2_laptop --workdir=runs/smollm2_sft
+    python -m lightning_jax.train --config=configs/smollm2.py:laptop --config.run_stages=dpo \
+        --init_from=runs/smollm2_sft --workdir=runs/smollm2_dpo
+
+sft: 2 passes over SmolTalk (135m, 360m: smol-smoltalk) in rows
 of 8,192 tokens, 128 of them a batch, a cosine from 3e-4 (small sizes: 1e-3) after 10% of warm-up. dpo: 2 passes over
 UltraFeedback, 128 pairs of chats of up to 1,024 tokens, beta 0.5, a cosine from 1e-6 (the released config of 1.7b makes
 3). Template: ChatML; its default system message is left out. Adam's numbers and clipping are the defaults of the
@@ -179,8 +185,8 @@ def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
             packing="best_fit" if laptop else "one_per_row",
             batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
             optimizer=optimizer,
-            schedule=schedule(1e-5 if laptop else 1e-6, 0.0),
-            preference={"loss": "dpo", "beta": 0.5, "reference": "cached"},
+            schedule=schedule(3e-6 if laptop else 1e-6, 0.0),
+            preference={"loss": "dpo", "beta": 0.5, "reference": "live" if laptop else "cached"},
         ),
     }
 

@@ -9,6 +9,8 @@
     python -m lightning_jax.train --config=configs/tulu3.py:8b --config.run_stages=rlvr \
         --init_from=runs/tulu3_8b_dpo --workdir=runs/tulu3_8b_rlvr
     python -m lightning_jax.train --config=configs/tulu3.py:8b,lora --init_from=runs/llama_3.1_8b
+    python -m lightning_jax.train --config=configs/tulu3.py:laptop --config.run_stages=reward_model \
+        --init_from=runs/tulu3_laptop --workdir=runs/reward_model
 
 What follows the colon is a size, a recipe (paper, lora), or both with a comma between. runs/llama_3.1_8b is Llama 3.1's
 safetensors through lightning_jax.convert. Each stage is a run of its own with fresh moments, as published; laptop
@@ -283,7 +285,8 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
             schedule=wsd(rate * 1e-5, 0.0),
-            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
+            # For a tenth of the pairs: to score them as they come costs less than all of them beforehand.
+            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "live"},
             **common,
         ),
         "reward_model": stage(
