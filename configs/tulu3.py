@@ -46,7 +46,8 @@ which are 8b's, and the clipping of rlvr_grpo.
 laptop. Ours; 31% of 400 other problems are solved after sft. Its dpo is short and slow, because the wrong answers are
 near misses that the model half believes, and unlearning them costs right ones. With 72 steps at 1e-5 it still solves
 30%; with 215 steps 26%, with as many at 1e-4 25%, and the loss is above log 2 on the way. With lora 68% of pairs are
-right and 28% are solved.
+right and 28% are solved. Its reward model, after sft and dpo, is right of 66% of 574 held-out pairs (95%: 62% to 70%).
+All with seed 0.
 
 lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
 weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman and others, 2025) finds best. The laptop's
