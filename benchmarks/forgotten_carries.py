@@ -1,8 +1,7 @@
 """Additions whose carry is mostly forgotten in the demonstrations, and always right in what is rewarded.
 
-The first token that a carry changes is a fork: of low probability to a model that learned from the demonstrations, and
-everything depends on it. A sum is said at once, 47+38=85, or worked out, 7+8=15 4+3+1=8 85: there the answer is long,
-and all but the fork is easy.
+An answer works the sum out, 47+38=7+8=15 4+3+1=8 85. The first character that the carry changes is a fork: of low
+probability to a model that learned from the demonstrations, in an answer of which all else is easy.
 """
 
 import json
@@ -20,37 +19,32 @@ TEMPLATE = """{% for message in messages %}
 {% endfor %}"""
 
 
-def answer(a: int, b: int, *, carry: bool, worked: bool) -> str:
-    """What a sum is, or what it is for who forgets to carry: 47 + 38 = 75."""
-    units, tens = a % 10 + b % 10, a // 10 + b // 10
-    carried = carry and units > 9
-    total = (tens + carried) * 10 + units % 10
-    if not carry and not worked:
-        total = tens % 10 * 10 + units % 10
-    said = f"{total:02}"
-    return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}{'+1' * carried}={tens + carried} {said}" if worked else said
+def answer(a: int, b: int, *, carry: bool) -> str:
+    """A sum worked out, or by who forgets to carry: 7+8=15 4+3+1=8 85, or 7+8=15 4+3=7 75."""
+    units, carried = a % 10 + b % 10, carry and a % 10 + b % 10 > 9
+    tens = a // 10 + b // 10 + carried
+    return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}{'+1' * carried}={tens} {tens * 10 + units % 10:02}"
 
 
-def fork(a: int, b: int, *, worked: bool) -> int:
-    """The place in the right answer of the first character that differs from the forgetful one, or is one too many."""
-    right, wrong = (answer(a, b, carry=carry, worked=worked) for carry in (True, False))
-    pairs = zip(right, wrong, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), len(wrong))
+def fork(a: int, b: int) -> int:
+    """The place in the right answer of the first character that differs from the forgetful one."""
+    pairs = zip(answer(a, b, carry=True), answer(a, b, carry=False), strict=False)
+    return next(place for place, (right, wrong) in enumerate(pairs) if right != wrong)
 
 
-def write_additions(folder: Path, *, right: float, worked: bool, demonstrations: int, prompts: int) -> None:
+def write_additions(folder: Path, *, right: float, demonstrations: int, prompts: int) -> None:
     """Demonstrations of additions with a carry, a share of which is right, prompts with the right sum, a template."""
     noise = random.Random(0)
 
     def additions(count: int) -> Iterator[tuple[int, int]]:
         while count:
             a, b = noise.randrange(100), noise.randrange(100)
-            if answer(a, b, carry=True, worked=worked) != answer(a, b, carry=False, worked=worked):
+            if a % 10 + b % 10 > 9:
                 count -= 1
                 yield a, b
 
     def record(a: int, b: int, *, carry: bool) -> str:
-        turns = [("user", f"{a:02}+{b:02}="), ("assistant", answer(a, b, carry=carry, worked=worked))]
+        turns = [("user", f"{a:02}+{b:02}="), ("assistant", answer(a, b, carry=carry))]
         messages = [{"role": role, "content": content} for role, content in turns]
         return json.dumps({"messages": messages, "ground_truth": str(a + b)}) + "\n"
 

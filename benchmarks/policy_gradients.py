@@ -1,21 +1,19 @@
 """Algorithms of reinforcement learning beside each other where the right token is rare: does clipping hurt?
 
     export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false   # threads cost such a small model more than they give
-    python benchmarks/policy_gradients.py                 # five algorithms, three seeds, two settings
-    python benchmarks/policy_gradients.py --settings said --algorithms CISPO DAPO --seeds 1   # less of it
+    python benchmarks/policy_gradients.py                 # five algorithms, three seeds, two learning rates
+    python benchmarks/policy_gradients.py --rates 3e-4:3 --algorithms CISPO DAPO --seeds 1   # less of it
 
-The task has a fork. A small hybrid model is taught additions with a carry of which most demonstrations forget it, then
-rewarded for right sums of others; the first token that a carry changes is one of a low probability on which everything
-depends, which is where MiniMax-M1 (arXiv 2506.13585, section 3.1) says that clipping tokens hurts. A fifth of the pairs
-of numbers is held out of both, by a hash. In `said` an answer is the sum, and 30% of the demonstrations are right. In
-`worked` it is worked out in up to 20 tokens, of which all but the fork are easy, and 3% are right: M1's rare forks in
-longer answers, with its 16 updates on the rollouts of one policy.
+MiniMax-M1 (arXiv 2506.13585, section 3.1) says that tokens which are rare and on which a completion turns were clipped
+out after the first update on a policy's rollouts, and did not contribute to the other 15. Here such a fork is made: a
+small hybrid model is taught additions, worked out in up to 20 tokens, of which 97% forget to carry, and then rewarded
+for right sums. A fifth of the pairs of numbers is held out of both, by a hash.
 
-The runs are those of the main job, from the same fine-tuned model. GRPO and PPO's clip sample without DAPO's
-replacement of prompts, the others with it. Runs lie in --folder. Stopped and started again, those that are finished are
-not made again and the one that was not goes on. Writes policy_gradients.md, .json and .png to benchmarks/results/:
-rewards at equal updates, and at equal completions generated, of which replacing prompts takes more; and of the first
-generation how far its own updates moved the right forks and all other tokens.
+The runs are those of the main job, from the same fine-tuned model, with 16 updates on the rollouts of a policy. GRPO
+and PPO's clip sample without DAPO's replacement of prompts, the others with it. Runs lie in --folder. Stopped and
+started again, those that are finished are not made again and the one that was not goes on. Writes policy_gradients.md,
+.json and .png to benchmarks/results/: rewards at equal updates, and at equal completions generated, of which replacing
+prompts takes more; and of the first generation how far its own updates moved the right forks and all other tokens.
 """
 
 import argparse
@@ -23,7 +21,7 @@ import contextlib
 import itertools
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,23 +35,12 @@ from lightning_jax.objectives.policy_gradient import ADVANTAGES, OLD, sequence_l
 from lightning_jax.reinforcement.sampling_policy import Position
 from lightning_jax.trained_model import load_model
 
-
-class Setting(NamedTuple):
-    """What is asked, and how rare the right answer is."""
-
-    right: float  # the share of demonstrations
-    worked: bool
-    context: int  # tokens of a row of rollouts
-    max_new_tokens: int
-
-
-SETTINGS = {
-    "worked": Setting(right=0.03, worked=True, context=32, max_new_tokens=22),
-    "said": Setting(right=0.3, worked=False, context=16, max_new_tokens=5),
-}
 CONFIG = str(Path(__file__).parents[1] / "configs" / "minimax_m1.py") + ":laptop"
 SAMPLES, ROWS, UPDATES = 16, 32, 16
 SFT_ROWS, SFT_CONTEXT = 16, 96
+CONTEXT, MAX_NEW_TOKENS = 32, 22
+RIGHT = 0.03  # of the demonstrations
+RATES = ("1e-4:12", "3e-4:6")
 DYNAMIC = {"rollouts.dynamic_sampling": True, "rollouts.max_refills": 5}
 STATIC = {"rollouts.dynamic_sampling": False, "rollouts.max_refills": 0}
 DAPO_HIGH = 0.28
@@ -134,9 +121,7 @@ def fine_tune(folder: Path, *, passes: float, rate: float = 4e-3) -> None:
     )
 
 
-def learn(
-    folder: Path, setting: Setting, algorithm: str, seed: int, *, generations: int, rate: float, evaluations: int = 10
-) -> Path:
+def learn(folder: Path, algorithm: str, seed: int, *, generations: int, rate: float, evaluations: int = 10) -> Path:
     """The folder of one run of reinforcement learning."""
     name = f"{algorithm} {seed} {generations} {rate:g}".replace(" ", "_").replace("'", "")
     overrides = {f"stages.rl.reinforcement.{key}": value for key, value in ALGORITHMS[algorithm].items()}
@@ -145,18 +130,18 @@ def learn(
         name,
         "rl",
         ROWS,
-        setting.context,
+        CONTEXT,
         folder / "sft",
         seed=seed,
-        stages__rl__tokens=generations * UPDATES * ROWS * setting.context,
+        stages__rl__tokens=generations * UPDATES * ROWS * CONTEXT,
         stages__rl__schedule__peak=rate,
         stages__rl__schedule__final=rate,
         stages__rl__schedule__warmup_steps=0,
         stages__rl__reinforcement__rollouts__samples=SAMPLES,
         stages__rl__reinforcement__rollouts__updates=UPDATES,
-        stages__rl__reinforcement__rollouts__max_new_tokens=setting.max_new_tokens,
+        stages__rl__reinforcement__rollouts__max_new_tokens=MAX_NEW_TOKENS,
         stages__rl__reinforcement__rollouts__slots=256,
-        stages__rl__reinforcement__rollouts__decode_steps=setting.max_new_tokens,
+        stages__rl__reinforcement__rollouts__decode_steps=MAX_NEW_TOKENS,
         stages__rl__reinforcement__rollouts__prefill_tokens=16,
         metrics__log_every_steps=1,
         metrics__evaluate_every_steps=UPDATES * max(generations // evaluations, 1),
@@ -166,7 +151,7 @@ def learn(
     return folder / name
 
 
-def moved(run_folder: Path, setting: Setting, bound: float) -> dict[str, float]:
+def moved(run_folder: Path, bound: float) -> dict[str, float]:
     """Of the last generation, the tokens of right answers that its updates made more than `bound` times as likely.
 
     Shares of the right forks (the first token that the carry changes) and of all other tokens.
@@ -186,7 +171,7 @@ def moved(run_folder: Path, setting: Setting, bound: float) -> dict[str, float]:
     for row in np.flatnonzero(right_NT.any(axis=1)):
         places = np.flatnonzero(right_NT[row])
         a, b = (int(bytes(rows["inputs"][row, i : i + 2].astype(np.uint8))) for i in (0, 3))
-        fork_NT[row, places[fork(a, b, worked=setting.worked)]] = True
+        fork_NT[row, places[fork(a, b)]] = True
     beyond_NT = ratio_NT > bound
     return {
         "right forks": float(beyond_NT[fork_NT].mean()),
@@ -199,21 +184,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/policy_gradients"), help="of the runs")
     parser.add_argument("--results", type=Path, default=recording.RESULTS, help="where the files are written")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--passes", type=float, default=8.0, help="of fine-tuning over the demonstrations")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--rates", nargs="+", default=RATES, help="learning rate:generations")
     options = parser.parse_args()
+    if not (options.folder / "rl.jsonl").exists():
+        write_additions(options.folder, right=RIGHT, demonstrations=20_000, prompts=4_000)
+    fine_tune(options.folder, passes=options.passes)
     lines: list[str] = []
     figures: dict[str, Any] = {"curves": {}, "moved": {}}
-    for name, rate in itertools.product(options.settings, options.learning_rates):
-        curves, shares = compare(name, rate, options)
-        title = f"{name}, learning rate {rate:g}"
+    for pair in options.rates:
+        rate, _, generations = pair.partition(":")
+        curves, shares = compare(float(rate), int(generations), options)
+        title = f"learning rate {rate}"
         figures["curves"][title], figures["moved"][title] = curves, shares
-        lines += [f"## {title}: {SETTINGS[name].right:.0%} of the demonstrations are right", "", *table(curves)]
-        lines += [*differences(curves), *(describe_moved(each, of) for each, of in shares.items()), ""]
+        lines += [f"## {title.capitalize()}", "", *table(curves), *differences(curves)]
+        lines += [*(describe_moved(each, of) for each, of in shares.items()), ""]
     title = "# Policy gradients where the right token is rare"
     lines = [title, "", *lines, "![curves](policy_gradients.png)"]
     recording.write("policy_gradients", lines, figures, folder=options.results)
@@ -223,19 +210,15 @@ def main() -> int:
 
 
 def compare(
-    name: str, rate: float, options: argparse.Namespace
+    rate: float, generations: int, options: argparse.Namespace
 ) -> tuple[dict[str, list[Curve]], dict[str, dict[str, float]]]:
-    """The curves of every algorithm in a setting, one for each seed; and what the first updates moved."""
-    folder, setting = options.folder / name, SETTINGS[name]
-    if not (folder / "rl.jsonl").exists():
-        write_additions(folder, right=setting.right, worked=setting.worked, demonstrations=20_000, prompts=4_000)
-    fine_tune(folder, passes=options.passes)
+    """The curves of every algorithm, one for each seed; and what the first updates moved."""
     curves: dict[str, list[Curve]] = {algorithm: [] for algorithm in options.algorithms}
     for seed, algorithm in itertools.product(range(options.seeds), options.algorithms):
-        run_folder = learn(folder, setting, algorithm, seed, generations=options.generations, rate=rate)
+        run_folder = learn(options.folder, algorithm, seed, generations=generations, rate=rate)
         curves[algorithm].append(curve(run_folder, samples=SAMPLES))
-    once = {each: learn(folder, setting, each, 0, generations=1, rate=rate) for each in ("CISPO", "DAPO")}
-    return curves, {each: moved(of, setting, 1 + DAPO_HIGH) for each, of in once.items()}
+    once = {each: learn(options.folder, each, 0, generations=1, rate=rate) for each in ("CISPO", "DAPO")}
+    return curves, {each: moved(of, 1 + DAPO_HIGH) for each, of in once.items()}
 
 
 def describe_moved(name: str, shares: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ Curve = dict[str, list[float]]
 
 
 def curve(run_folder: Path, *, samples: int) -> Curve:
-    """What a run recorded: rewards and completions by generation, the held-out reward, shares of tokens by update.
+    """What a run recorded: rewards by generation, with the updates and completions before; shares of tokens by update.
 
     Args:
         samples: completions of a prompt.
@@ -27,8 +27,8 @@ def curve(run_folder: Path, *, samples: int) -> Curve:
     measured = [record for record in records if "validation_reward" in record]
     return {
         "updates": [record["step"] - 1 for record in made],
+        "completions": [0, *(record["prompts"] * samples for record in made[:-1])],
         "reward": [record["reward"] for record in made],
-        "completions": [record["prompts"] * samples for record in made],
         "held_out_steps": [record["step"] for record in measured],
         "held_out": [record["validation_reward"]["legs"] for record in measured],
         "clip_share": [record["clip_share"] for record in updates],
@@ -38,28 +38,42 @@ def curve(run_folder: Path, *, samples: int) -> Curve:
 
 
 def until_half(run: Curve) -> float:
-    """The updates after which half of the sampled completions were right; infinite where they never were."""
-    return next((step for step, reward in zip(run["updates"], run["reward"], strict=True) if reward >= 0.5), np.inf)
+    """The updates after which half of the sampled completions were right, by a line between generations; else inf."""
+    after = next((place for place, reward in enumerate(run["reward"]) if reward >= 0.5), None)
+    if after is None:
+        return np.inf
+    pair = slice(max(after - 1, 0), after + 1)
+    return float(np.interp(0.5, run["reward"][pair], run["updates"][pair]))
+
+
+def after_one_generation(run: Curve) -> float:
+    return run["reward"][1]
+
+
+def in_all_generations(run: Curve) -> float:
+    return float(np.mean(run["reward"]))
 
 
 def table(curves: dict[str, list[Curve]]) -> list[str]:
     """What the seeds gave in the mean, with the least and the most."""
-
-    def spread(measure: Callable[[Curve], float], form: str, runs: list[Curve]) -> str:
-        values = [measure(each) for each in runs]
-        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
     budget = min(each["completions"][-1] for runs in curves.values() for each in runs)
+    updates = next(iter(curves.values()))[0]["updates"][1]
     columns: dict[str, tuple[Callable[[Curve], float], str]] = {
-        "updates until half were right": (until_half, ".0f"),
-        "sampled, all generations": (lambda run: float(np.mean(run["reward"])), ".3f"),
-        "sampled, last three": (lambda run: float(np.mean(run["reward"][-3:])), ".3f"),
+        f"sampled after {updates} updates": (after_one_generation, ".3f"),
+        "updates until half": (until_half, ".0f"),
+        "sampled, all generations": (in_all_generations, ".3f"),
+        "sampled, last": (lambda run: run["reward"][-1], ".3f"),
         "held out, likeliest": (lambda run: run["held_out"][-1], ".3f"),
         f"sampled after {budget:,} completions": (
             lambda run: float(np.interp(budget, run["completions"], run["reward"])),
             ".3f",
         ),
     }
+
+    def spread(measure: Callable[[Curve], float], form: str, runs: list[Curve]) -> str:
+        values = [measure(each) for each in runs]
+        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
     lines = [f"| algorithm | {' | '.join(columns)} | tokens clipped |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in curves.items():
         clipped = float(np.mean([np.mean(each["clip_share"]) for each in runs]))
@@ -71,17 +85,25 @@ def table(curves: dict[str, list[Curve]]) -> list[str]:
 
 
 def differences(curves: dict[str, list[Curve]], other: str = "DAPO") -> list[str]:
-    """By how much each algorithm is ahead of another one in a run's sampled rewards, seed by seed."""
-    lines = []
-    for name in (name for name in curves if name != other and len(curves.get(other, [])) > 1):
-        pairs = zip(curves[name], curves[other], strict=True)
-        gaps = [float(np.mean(one["reward"]) - np.mean(two["reward"])) for one, two in pairs]
+    """By how much each algorithm is ahead of another one in sampled rewards, seed by seed."""
+    if len(curves.get(other, [])) < 2:
+        return []
+
+    def interval(runs: list[Curve], measure: Callable[[Curve], float], form: str) -> str:
+        gaps = [measure(one) - measure(two) for one, two in zip(runs, curves[other], strict=True)]
         margin = scipy.stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-        lines.append(
-            f"- {name} minus {other}, sampled in all generations: {np.mean(gaps):+.3f} "
-            f"(95% interval {np.mean(gaps) - margin:+.3f} to {np.mean(gaps) + margin:+.3f}, {len(gaps)} seeds)"
-        )
-    return lines
+        return f"{np.mean(gaps):+{form}} ({np.mean(gaps) - margin:+{form}} to {np.mean(gaps) + margin:+{form}})"
+
+    lines = [
+        f"| less {other}'s (95% interval, {len(curves[other])} seeds) | sampled after one generation "
+        "| sampled, all generations | updates until half |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in curves.items():
+        if name != other:
+            sampled = [interval(runs, measure, ".3f") for measure in (after_one_generation, in_all_generations)]
+            lines.append(f"| {' | '.join([name, *sampled, interval(runs, until_half, '.1f')])} |")
+    return [*lines, ""]
 
 
 def plot(compared: dict[str, dict[str, list[Curve]]], path: Path, *, dashed: Collection[str]) -> None:
@@ -94,12 +116,12 @@ def plot(compared: dict[str, dict[str, list[Curve]]], path: Path, *, dashed: Col
     size = (10, 3.4 * len(compared))
     figure, panels_SX = plt.subplots(len(compared), 2, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for panels, (title, curves) in zip(panels_SX, compared.items(), strict=True):
-        for name, runs in curves.items():
+        for number, (name, runs) in enumerate(curves.items()):
             rewards = np.array([each["reward"] for each in runs])
             completions = np.mean([each["completions"] for each in runs], axis=0)
-            style = "--" if name in dashed else "-"
+            style = {"linestyle": "--" if name in dashed else "-", "linewidth": 3.5 - 0.5 * number}  # some coincide
             for panel, x in zip(panels, (runs[0]["updates"], completions), strict=True):
-                (line,) = panel.plot(x, rewards.mean(axis=0), style, label=name)
+                (line,) = panel.plot(x, rewards.mean(axis=0), label=name, **style)
                 panel.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), alpha=0.15, color=line.get_color())
         panels[0].set(ylabel=f"share of samples right\n{title}")
         for panel, axis in zip(panels, ("updates", "completions generated"), strict=True):

@@ -33,17 +33,19 @@ PROMPT_TOKENS, ROWS = 24, 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="rounds of measurements per model and dtype")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all of it; 2 rounds at least of each row")
+    parser.add_argument("--rounds", type=int, default=10, help="of measurements at most, per model and dtype")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores")
-    parser.add_argument("--steps", type=int, default=300, help="of training before")
+    parser.add_argument("--steps", type=int, default=150, help="of training before")
     parser.add_argument("--new", type=int, default=128, help="tokens of each completion")
-    parser.add_argument("--samples", type=int, default=16, help="completions of each prompt")
+    parser.add_argument("--samples", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--quick", action="store_true", help="one model, few steps, nothing written")
     arguments, models = parser.parse_args(), MODELS
     if arguments.quick:
-        arguments.pairs, arguments.steps, arguments.new, arguments.samples = 2, 2, 16, 4
+        arguments.rounds, arguments.steps, arguments.new, arguments.samples = 2, 2, 16, 4
         models = dict(list(MODELS.items())[:1])
-    results = []
+    results, end = [], time.monotonic() + 60 * arguments.minutes
+    rows = [(name, dtype) for name in models for dtype in ("float32", "bfloat16")]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         sides = {
             mode: stack.enter_context(
@@ -51,27 +53,29 @@ def main() -> None:
             )
             for mode in MODES
         }
-        for name, size in models.items():
+        for size in models.values():
             train(Path(folder), size, arguments.steps)
-            for dtype in ("float32", "bfloat16"):
-                built = {"path": str(Path(folder) / size), "dtype": dtype}
-                built |= {"samples": arguments.samples, "new": arguments.new}
-                results.append({"model": name, "dtype": dtype} | compare(sides, built, arguments.pairs))
-                print(row(results[-1]), flush=True)
+        for number, (name, dtype) in enumerate(rows):
+            built = {"path": str(Path(folder) / models[name]), "dtype": dtype}
+            built |= {"samples": arguments.samples, "new": arguments.new}
+            begin = time.monotonic()
+            until = begin + (end - begin) / (len(rows) - number)
+            results.append({"model": name, "dtype": dtype} | compare(sides, built, arguments.rounds, until))
+            print(row(results[-1]), flush=True)
     tokens = len(PROMPTS) * arguments.samples * arguments.new
     recording.write(
         "rollout_modes",
         [
             "# Modes of rollouts",
             "",
-            f"{len(PROMPTS) * arguments.samples} completions of {arguments.new} tokens at temperature 1, from models "
-            f"trained for {arguments.steps} steps. Tokens per second of generation and scoring together, medians of "
-            f"{arguments.pairs} rounds ({tokens:,} tokens each), and as a share of `fast` in the same round (least to "
-            "most). Differences are of the recorded probabilities to the trainer's; passes are those of the training "
-            "forward that `exact` took to agree.",
+            f"{len(PROMPTS) * arguments.samples} completions of {arguments.new} tokens at temperature 1, {tokens:,} "
+            f"tokens a round, from models trained for {arguments.steps} steps. Tokens per second of generation and "
+            "scoring together, medians of the rounds, and as a share of `fast` in the same round (least to most). "
+            "Differences are the greatest of the recorded probabilities to the trainer's; passes are those of the "
+            "training forward that `exact` took to agree.",
             "",
-            "| model | dtype | mode | tokens/s | of fast's | greatest difference | correlation | equal bits | passes |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| model | dtype | mode | rounds | tokens/s | of fast's | difference | correlation | equal bits | passes |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *map(row, results),
         ],
         {"results": results},
@@ -100,9 +104,13 @@ def train(folder: Path, size: str, steps: int) -> None:
             raise SystemExit(f"training {size} failed: {(folder / f'{size}.txt').read_text()[-500:]}")
 
 
-def compare(sides: dict[str, Side], built: dict[str, Any], pairs: int) -> dict[str, Any]:
+def compare(sides: dict[str, Side], built: dict[str, Any], rounds: int, until: float) -> dict[str, Any]:
+    """The figures of each mode, from as many rounds as there is time for."""
     gaps = {mode: side.ask(mode=mode, **built) for mode, side in sides.items()}
-    seconds = take_turns({mode: side.ask for mode, side in sides.items()}, pairs)
+    seconds: dict[str, list[float]] = {mode: [] for mode in sides}
+    while not seconds["fast"] or (len(seconds["fast"]) < rounds and time.monotonic() < until):
+        for mode, figures in take_turns({mode: side.ask for mode, side in sides.items()}, 2).items():
+            seconds[mode] += figures
     return {
         mode: gaps[mode]
         | {
@@ -120,9 +128,10 @@ def row(result: dict[str, Any]) -> str:
         figures = result[mode]
         least, median, most = figures["of_fast"]
         lines.append(
-            f"| {result['model']} | {result['dtype']} | {mode} | {figures['tokens_per_second']:,.0f} | "
-            f"{median:.2f} ({least:.2f} to {most:.2f}) | {figures['difference']:.1e} | {figures['correlation']:.7f} | "
-            f"{figures['equal_bits']:.1%} | {figures['passes'] or ''} |"
+            f"| {result['model']} | {result['dtype']} | {mode} | {len(figures['seconds'])} | "
+            f"{figures['tokens_per_second']:,.0f} | {median:.2f} ({least:.2f} to {most:.2f}) | "
+            f"{figures['difference']:.1e} | {figures['correlation']:.7f} | {figures['equal_bits']:.1%} | "
+            f"{figures['passes'] or ''} |"
         )
     return "\n".join(lines)
 

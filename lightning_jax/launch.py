@@ -125,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each; 1")
     parser.add_argument("--restarts", type=int, default=0, help="how often to start again when hosts fail; 0")
     options, rest = parser.parse_known_args(arguments)
+    for name, least in (("hosts", 1), ("devices", 1), ("restarts", 0)):
+        if (value := getattr(options, name)) < least:
+            parser.error(f"--{name}={value}: give {least} or more")
     for restarts_left in range(options.restarts, -1, -1):
         code = run_hosts(options.hosts, options.devices, rest)
         if code in ENDED or not restarts_left:

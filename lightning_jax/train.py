@@ -10,15 +10,13 @@ import argparse
 import contextlib
 import functools
 import json
-import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from lightning_jax.checkpoints import Checkpoints, run_lock
@@ -28,22 +26,22 @@ from lightning_jax.hosts import Hosts, add_arguments, check_shared, join, run_fa
 from lightning_jax.init_from import begin_value, begin_with, freeze_base
 from lightning_jax.input_pipeline import cache_folder
 from lightning_jax.mesh_problems import problems_on
-from lightning_jax.metrics import Console, MetricsWriter, StepTimer, read_metrics, write_report
+from lightning_jax.metrics import StepTimer
 from lightning_jax.model_folders import CHECKPOINTS
 from lightning_jax.planning.hardware import slice_of
 from lightning_jax.planning.meshes import CHOICES, MESH_HELP, with_mesh
 from lightning_jax.programs import Programs
 from lightning_jax.references import Reference, RunningStage, reference_of
-from lightning_jax.reinforcement.scoring import Collected
 from lightning_jax.reinforcement.stage_data import RolloutData
 from lightning_jax.reinforcement.stage_data import check as check_reinforcement
-from lightning_jax.run_setup import describe, global_batches, open_run, record_run
+from lightning_jax.run_record import NonFiniteError, RunRecord
+from lightning_jax.run_setup import global_batches, open_run, record_run
 from lightning_jax.signals import StopRequest, stop_requests
 from lightning_jax.stage_data import CorpusData, StageData
 from lightning_jax.stages import Stage, plan_stages
 from lightning_jax.stored_config import stored_fields, to_store
-from lightning_jax.train_step import Batch, TrainState
-from lightning_jax.validation import Measures, Validation, describe_measures, samples
+from lightning_jax.train_step import TrainState
+from lightning_jax.validation import Measures, Validation, samples
 
 # What may change between two starts of a run without making it another run.
 FREE_TO_CHANGE = (
@@ -56,10 +54,6 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "stages.*.reinforcement.rollouts.devices",
 )
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradients were not finite for too many steps in a row; the message says where their batches are."""
 
 
 class Trainer:
@@ -89,9 +83,8 @@ class Trainer:
             raise ConfigError(problems)
         self.folder, self.hosts = folder, hosts or Hosts()
         self.init_from, self.change_config = init_from, change_config
-        self.writer: MetricsWriter | None = None
-        self._early: list[str] = []
-        self._say = self._early.append  # until there is a console, which needs the history that a restore leaves
+        self.record = RunRecord(folder)
+        self._say = self.record.say
         check_reinforcement(config, self._say)
         check_shared(folder, self.hosts)
         self.config, self.data = open_run(config, self._say)
@@ -118,49 +111,29 @@ class Trainer:
                             state = self._train_stage(stage, state, checkpoints, stop)
                 checkpoints.wait()
             except NonFiniteError:
-                self._write_report()
+                self.record.report()
                 raise
             step = int(state.step)
             if stop:
-                self.writer.event("preempted", f"{stop.signal.name}: saved at step {step}", step=step)
-                self._write_report()
+                self.record.event("preempted", f"{stop.signal.name}: saved at step {step}", step=step)
+                self.record.report()
                 self._say(f"stopped and saved at step {step:,}; the same command goes on from there")
             else:
                 if step > first_step:
-                    self.writer.event("finish", f"after step {step}", step=step)
-                self._write_report()
+                    self.record.event("finish", f"after step {step}", step=step)
+                self.record.report()
                 self._say(f"complete after {step:,} steps; for another run give another --workdir")
         return stop.exit_code
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[Checkpoints, TrainState]:
         """Restores or begins, and opens everything that the stages share."""
-        said_before = len(self._early)
-        checkpoints = stack.enter_context(
-            Checkpoints(self.folder / CHECKPOINTS, self.config.checkpoints, say=self._say_of_checkpoints)
-        )
+        say = self.record.say_of_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(self.folder / CHECKPOINTS, self.config.checkpoints, say=say))
         state, saved = self._restore_or_create(checkpoints)
-        said_of_checkpoints = self._early[said_before:]
-        step = self._step = int(state.step)
+        step = int(state.step)
         if self.hosts.index == 0:
             (self.folder / "config.json").write_text(self.config.to_json() + "\n")
-        self.writer = stack.enter_context(
-            MetricsWriter(self.folder, resume_step=step if saved else None, tensorboard=self.config.metrics.tensorboard)
-        )
-        last = self.stages[-1]
-        self.console = Console(
-            total_steps=last.last_step,
-            total_tokens=last.tokens_before(last.last_step),
-            flops_convention=self.config.metrics.flops_convention,
-            history=read_metrics(self.folder),
-        )
-        stack.callback(self.console.close)
-        stack.enter_context(_announced(self.console))
-        self._say = self.console.say
-        self.console.header(f"lightning_jax: {self.config.name}", describe(self.config, self.stages, self.folder))
-        for line in self._early:
-            self._say(line)
-        for line in said_of_checkpoints:
-            self.writer.event("checkpoint", line, step=step)
+        self.record.open(stack, self.config, self.stages, step=step, resumes=saved is not None)
         self._metadata = {
             **to_store(self.config),
             "data": self.data.fingerprints,
@@ -174,32 +147,24 @@ class Trainer:
                 if saved["data"].get(name, fingerprint) != fingerprint
             )
         record_run(self.config, self.stages, self.data, self.folder, step)
-        self.writer.event("resume" if saved else "start", f"at step {step}", step=step)
+        self.record.event("resume" if saved else "start", f"at step {step}", step=step)
         self.timer = StepTimer()
         return checkpoints, state
 
-    def _say_of_checkpoints(self, line: str) -> None:
-        self._say(line)
-        if self.writer:
-            self.writer.event("checkpoint", line, step=self._step)
-
-    def _write_report(self) -> None:
-        if jax.process_index() == 0:
-            self._say(f"report: {write_report(self.folder)}")
-
     def _restore_or_create(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on with, and the metadata it was saved with, if this run had saved it."""
+        say = self.record.say_of_checkpoints
         if restored := checkpoints.restore(self.programs.abstract_state):
             if self.config.lora:
-                freeze_base(self.folder, self.config, self.programs, self._say)
+                freeze_base(self.folder, self.config, self.programs, say)
             before = stored_fields(RunConfig, restored.metadata, self.folder)
             current = json.loads(self.config.to_json())
             self._accept(differences(before, current, ignore=FREE_TO_CHANGE))
-            self._say(f"resumed from the checkpoint of step {restored.step}")
+            say(f"resumed from the checkpoint of step {restored.step}")
             return restored.state, restored.metadata
         state = self.programs.first_state()
         if self.init_from is not None:
-            return begin_with(self.init_from, state, self.folder, self.config, self.programs, self._say), None
+            return begin_with(self.init_from, state, self.folder, self.config, self.programs, say), None
         if self.config.lora:
             raise ConfigError(["config.lora: adapters belong to a model; name the folder of its run by --init_from"])
         if (first := self.stages[0]).config.objective != "next_token":
@@ -214,7 +179,7 @@ class Trainer:
                 [f"{line}; use another --workdir, or --change_config to go on in {self.folder}" for line in changes]
             )
         for line in changes:
-            self._say(f"changed: {line}")
+            self.record.say_of_checkpoints(f"changed: {line}")
 
     def _train_stage(self, stage: Stage, state: TrainState, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         """Makes the stage's steps from the state's on, up to its last or to a stop; the state returned is saved."""
@@ -232,7 +197,7 @@ class Trainer:
             for step in range(first_step, stage.last_step):
                 in_stage = step - stage.first_step
                 needs_params = data.needs_params(in_stage)
-                self._step = step + 1
+                self.record.step = step + 1
                 self.hosts.at(step + 1, "reading its batch")
                 if needs_params and unreported:
                     self._report(stage, data, *unreported)
@@ -281,7 +246,7 @@ class Trainer:
         if stage.config.reinforcement:
             saved = None if begins else self._metadata["rollouts"][stage.name]
             prompts = {name: self.data.prompts[name] for name in stage.config.mixture.start}
-            record = functools.partial(self._record_rollouts, stage)
+            record = functools.partial(self.record.rollouts, stage)
             data = RolloutData(self.config, prompts, self.data.tokenizer, state, saved, running, record)
             self._metadata["references"] |= {stage.name: data.reference_key}
             most = evaluation_batches * stage.config.reinforcement.rollouts.slots
@@ -296,22 +261,10 @@ class Trainer:
     def _validate(self, stage: Stage, step: int, validate: Callable[[nnx.State], Measures], state: TrainState) -> None:
         """Measures the state on what is held out, and puts it on record."""
         self.hosts.at(step, "evaluating")
-        if measures := validate(state.params):
-            self.writer.write(step, measures | {"stage": stage.name})
-            self._say(f"step {step:,}: {describe_measures(measures)}")
+        self.record.measures(stage, step, validate(state.params))
 
     def _at_work(self, doing: str) -> None:
-        self.hosts.at(self._step, doing)
-
-    def _record_rollouts(self, stage: Stage, step: int, collected: Collected) -> None:
-        """Puts a generation on record, with the first step that trains on it."""
-        self.writer.write(step, collected.metrics | {"stage": stage.name}, collected.timing)
-        self._say(f"step {step:,}: {collected.summary}")
-        for sample in collected.samples:
-            self.writer.sample(step, stage=stage.name, **sample)
-        for warning in collected.warnings:
-            self._say(warning)
-            self.writer.event("rollouts", warning, step=step)
+        self.hosts.at(self.record.step, doing)
 
     def _report(self, stage: Stage, data: StageData, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the numbers of a step, which waits for it, and puts them on record."""
@@ -323,41 +276,17 @@ class Trainer:
         self.timer.step(tokens)
         skipped = int(values.pop("nonfinite_steps"))
         if skipped:
-            self._dump(step, data.again(in_stage), skipped)
+            self.record.skipped(step, data.again(in_stage), skipped)
         intervals = self.config.metrics
         if step % intervals.log_every_steps and step != stage.last_step and not skipped:
             return
-        if step % intervals.evaluate_every_steps:
-            for name in [name for name in values if name.endswith("expert_load")]:
-                del values[name]  # a large table in a large model
-        place = {
-            "stage": stage.name,
-            "tokens": stage.tokens_before(step),
-            "batch_tokens": tokens,
-            "context_length": stage.config.context_length,
-        }
         flops = self.config.model.flops_per_token(stage.config.context_length, intervals.flops_convention)
         timing = self.timer.lap(flops, self.programs.mesh.devices.flat)
-        self.console.progress(self.writer.write(step, values | place, timing))
-
-    def _dump(self, step: int, batch: Batch, skipped: int) -> None:
-        """Keeps the batch of a step that was skipped. Raises NonFiniteError after too many in a row."""
-        path = self.folder / "nonfinite" / f"step_{step}_process_{jax.process_index()}.npz"
-        path.parent.mkdir(exist_ok=True)
-        np.savez_compressed(path, **batch)
-        line = f"step {step}: loss or gradients are not finite; the update was skipped, its batch is in {path}"
-        self._say(line)
-        self.writer.event("skipped_step", line, step=step)
-        if skipped >= self.config.max_nonfinite_steps:
-            raise NonFiniteError(
-                f"stopped at step {step}: {skipped} steps in a row were not finite; lower the learning rate or look at "
-                f"the data: their batches are in {path.parent}"
-            )
+        self.record.progress(stage, step, values, timing)
 
     def _write_samples(self, stage: Stage, state: TrainState) -> None:
         for prompt, text in samples(self.config, stage, self.data, self.programs.merged(state.params), self.programs):
-            self.writer.sample(int(state.step), stage=stage.name, prompt=prompt, text=text)
-            self._say(f"sample: {prompt!r} -> {text!r}")
+            self.record.sample(stage, int(state.step), prompt, text)
 
 
 def _keep_compiled_programs(folder: pathlib.Path) -> None:
@@ -366,17 +295,6 @@ def _keep_compiled_programs(folder: pathlib.Path) -> None:
         # What lies in it is executed, so nobody else may write there.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-@contextlib.contextmanager
-def _announced(console: Console) -> Iterator[None]:
-    """Inside, log messages of this package and its libraries are announcements of the console."""
-    handler = console.log_handler()
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

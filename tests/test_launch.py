@@ -102,3 +102,11 @@ def test_a_reserved_port_is_for_who_was_told_it():
             pass
         with launch.reserved_port() as other:
             assert other != port
+
+
+@pytest.mark.parametrize("option", ["--hosts=0", "--devices=0", "--restarts=-1"])
+def test_a_number_that_makes_no_sense_is_one_line(option, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch.main([option])
+    assert end.value.code == 2
+    assert f"error: {option}: give " in capsys.readouterr().err

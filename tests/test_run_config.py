@@ -188,3 +188,4 @@ def test_differences_name_the_fields_that_changed():
         "config.d is [1, 2], but was [1] when the run was started",
     ]
     assert differences(before, after, ignore=("a", "d")) == []
+    assert differences(before, after, ignore=("*.b",)) == lines[1:]

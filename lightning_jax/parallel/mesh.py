@@ -37,7 +37,7 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
     data=2 and fsdp over the rest, two slices hold a copy of the parameters each, split inside (TinyLlama v1.1's way).
 
     Raises:
-        MeshError: the slices do not divide the axes.
+        MeshError: the slices do not divide the axes, or the devices are no box of a slice.
     """
     slices = left = len({getattr(device, "slice_index", 0) for device in devices})
     across = []
@@ -46,6 +46,12 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
         left //= across[-1]
     if left > 1:
         raise MeshError(f"mesh: {slices} slices do not divide the axes; use data={slices}, a copy in each")
+    chips = {tuple(device.coords) for device in devices if device.platform == "tpu"}
+    if chips and math.prod(len(set(axis)) for axis in zip(*chips, strict=True)) != len(chips):
+        raise MeshError(
+            f"mesh: {len(chips)} chips of a larger slice are no box of it; use a half of them, where rollouts.devices "
+            "take the others"
+        )
     # A torus of 8 x 8 x 8 chips has no axis of 32: that takes one of its axes and half of another.
     inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
     if slices == 1:

@@ -23,7 +23,7 @@ from lightning_jax.planning.collectives import sent_by_axes
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.programs import Programs
 from lightning_jax.stages import Stage
-from pallas_kernels.gpu.deviceless import PLUGIN, TARGETS
+from pallas_kernels.gpu.deviceless import INSTALL_PLUGIN, PLUGIN, TARGETS
 
 HOPPER = ("h800", "h100", "h200")  # equal but for memory and links; described as the H200
 
@@ -42,9 +42,9 @@ class Compiled:
 
     arguments: int  # weights, moments and the batch; donated, so that the results take no more
     temporaries: int  # gradients, activations and whatever else lives within the step
+    on_host: int  # moments and activations that wait in the host's memory
     compile_seconds: float
     sent: dict[tuple[str, ...], float] | None  # bytes by mesh axes; None where the compiler does not show its program
-    on_host: int = 0  # what the step keeps there
 
     @property
     def total(self) -> int:
@@ -85,9 +85,9 @@ def compile_step(config: RunConfig, stage: Stage, devices: Sequence[jax.Device])
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds,
         _sent(program, config.resolved_mesh(len(devices))),
-        memory.host_temp_size_in_bytes,
     )
 
 
@@ -134,10 +134,7 @@ def _described_gpus(target: Slice) -> Sequence[jax.Device]:
             f"--compile: the compiler has no description of {chip.name}; leave --compile away, or use cpu:N"
         )
     if importlib.util.find_spec(PLUGIN) is None:
-        raise UserError(
-            f"--compile: for {chip.name} it needs: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt; "
-            f"leave --compile away, or use cpu:N"
-        )
+        raise UserError(f"--compile: for {chip.name} it needs: {INSTALL_PLUGIN}; leave --compile away, or use cpu:N")
     described = re.sub(r"device_memory_size: \d+", f"device_memory_size: {chip.memory_bytes:.0f}", TARGETS["h200"])
     in_a_node = math.gcd(chip.linked, target.num_chips)
     nodes = f"1x{target.num_chips // in_a_node}x{in_a_node}"

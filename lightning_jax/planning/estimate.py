@@ -18,6 +18,7 @@ from lightning_jax.models.config import BYTES
 from lightning_jax.planning.hardware import Slice
 from lightning_jax.planning.held import Held, companions_by_device, held_by_device
 from lightning_jax.planning.memory import Memory, layer_elements_per_token, memory_of_step
+from lightning_jax.planning.rollouts import Rollouts, rollouts_of
 from lightning_jax.planning.traffic import Sent, sent_in_step
 from lightning_jax.stages import Stage, num_micro_batches
 
@@ -38,6 +39,7 @@ class Estimate:
     flops: float  # with what is computed twice
     memory_traffic: float  # bytes
     sent: dict[tuple[str, ...], Sent]  # by the mesh axes along which it goes
+    rollouts: Rollouts | None = None  # of a stage of reinforcement learning
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -131,6 +133,9 @@ def estimate(config: RunConfig, stage: Stage, target: Slice) -> Estimate:
             parts=parts,
             forwards=layer_forwards,
         ),
+        rollouts=rollouts_of(config, stage, target.chip, sizes, memory.arguments)
+        if stage.config.reinforcement
+        else None,
     )
 
 

@@ -120,6 +120,11 @@ def parse_slice(text: str) -> Slice:
     if not (several and number.isdecimal()):
         number, topology = "1", text
     name, _, shape = topology.partition(":")
+    if google := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)", topology):
+        kind, count = google[1].replace("v5litepod", "v5e"), int(google[2])
+        chips = count // 2 if kind in ("v4", "v5p") else count  # of these Google counts the cores
+        named = f"{text.removesuffix(topology)}{kind}:{chips}"
+        raise UserError(f"--devices={text}: Google's name; here a slice is named by its chips: {named}")
     if name not in CHIPS:
         raise UserError(f"--devices={text}: no chip {name!r}; {nearest_name(name.lower(), CHIPS)}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or int(number) < 1:

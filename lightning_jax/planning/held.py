@@ -51,7 +51,8 @@ def companions_by_device(config: RunConfig, stage: Stage, held: Held, mesh: Abst
     if not learning:
         return copies * held.trained
     copies += bool(learning.policy_gradient.kl_coefficient)
-    copies += bool(learning.rollouts.staleness and learning.rollouts.dynamic_sampling)
+    rollouts = learning.rollouts
+    copies += bool(rollouts.staleness and rollouts.dynamic_sampling and not rollouts.devices)
     value = learning.value
     if not value:
         return copies * held.trained

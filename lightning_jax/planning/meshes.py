@@ -1,8 +1,8 @@
 """Which mesh a run takes on a slice: the one stated for its recipe and chip, or the best that the estimate knows.
 
-Of all products of axes that divide the model, its batches and the devices, without "expert_tensor", "auto" takes those
-that fit, with room for the estimate's error, and of them the one whose collectives take the least time over all steps;
-on equal terms the one that splits least.
+Of all products of axes that divide the model, its batches and the devices, "auto" takes those that fit, with room for
+the estimate's error, and of them the one whose collectives take the least time over all steps; on equal terms the one
+that splits least. "expert_tensor" it considers where "expert" has given each expert devices of its own.
 """
 
 import dataclasses
@@ -21,8 +21,6 @@ from lightning_jax.planning.traffic import divides_slices
 from lightning_jax.stages import Stage
 
 ERROR = 1.15  # the compiler may need so many times the estimate
-
-SEARCHED = tuple(axis for axis in AXES if axis != "expert_tensor")
 
 CHOICES = ("auto", "preset")
 MESH_HELP = "instead of the config's mesh the one with the least communication of those that fit, or the recipe's own"
@@ -79,8 +77,10 @@ def best_mesh(config: RunConfig, stages: Sequence[Stage], target: Slice) -> tupl
     """
     chosen = dataclasses.replace(config, run_stages=tuple(stage.name for stage in stages))
     plans: list[tuple[MeshConfig, list[Estimate]]] = []
-    for sizes in _products(target.num_devices - config.num_rollout_devices, len(SEARCHED)):
-        mesh = dataclasses.replace(config.mesh, expert_tensor=1, **dict(zip(SEARCHED, sizes, strict=True)))
+    for sizes in _products(target.num_devices - config.num_rollout_devices, len(AXES)):
+        mesh = dataclasses.replace(config.mesh, **dict(zip(AXES, sizes, strict=True)))
+        if mesh.expert_tensor > 1 and mesh.expert != config.model.num_experts:
+            continue
         candidate = dataclasses.replace(chosen, mesh=mesh)
         if not problems_on(candidate, target.num_devices) and divides_slices(mesh.sizes(), target):
             plans.append((mesh, [estimate(candidate, stage, target) for stage in stages]))

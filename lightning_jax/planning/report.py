@@ -34,6 +34,8 @@ def plan_lines(config: RunConfig, stage: Stage, plan: Estimate, assumed: Assumpt
     """The plan of a stage, a line each."""
     target, memory, mfu = plan.target, plan.memory, assumed.mfu
     devices = f"{target.num_devices} devices of {size(target.chip.memory_bytes)}"
+    if plan.rollouts and plan.rollouts.alone:
+        devices += f", {plan.rollouts.num_devices} of which make rollouts alone"
     rows = [
         ("stage", f"{stage.name}: context {stage.config.context_length:,}, {count(plan.tokens)} tokens a step"),
         ("slice", f"{target.name}: {devices}; {mesh_text(plan.mesh)}"),
@@ -45,6 +47,8 @@ def plan_lines(config: RunConfig, stage: Stage, plan: Estimate, assumed: Assumpt
         rows.append(("  beside it", f"{size(memory.companions)} of reference, value model, policy of rollouts"))
     if memory.on_host:
         rows.append(("  on the host", f"{size(memory.on_host)} of moments and activations"))
+    if plan.rollouts:
+        rows.append(("rollouts", _rollouts_text(plan)))
     resource, seconds = plan.bound
     rows += [
         ("work of a device", f"{count(plan.flops)} FLOP a step, {count(plan.model_flops)} without recomputation"),
@@ -69,6 +73,16 @@ def plan_lines(config: RunConfig, stage: Stage, plan: Estimate, assumed: Assumpt
     if mfu * seconds > plan.seconds_at(1.0):
         lines.append(f"{mfu:.0%} MFU is out of reach: the roofline allows {plan.seconds_at(1.0) / seconds:.0%}")
     return lines + [f"change: {advice}" for advice in what_to_change(config, stage, plan)]
+
+
+def _rollouts_text(plan: Estimate) -> str:
+    made = plan.rollouts
+    alone = f"{made.num_devices} devices of their own, {mesh_text(made.mesh)}"
+    return (
+        f"on {alone if made.alone else 'the devices that train'}: {size(made.states)} of states, {size(made.total)} "
+        f"with weights and all that is kept: {verdict(made.total, plan)}; a token of all sequences takes "
+        f"{made.token_seconds * 1e3:.3g} ms at least"
+    )
 
 
 def compiled_lines(plan: Estimate, compiled: Compiled) -> list[str]:
@@ -138,6 +152,8 @@ def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]
         advice.append(f"weights, moments and gradients alone would fill {needed:.0f} such devices")
         if config.model.param_dtype == "float32":
             advice.append("config.model.param_dtype=bfloat16 and moment_dtype=bfloat16 halve them")
+    if memory.moments > memory.total / 4 and chip.platform != "cpu":
+        advice.append(f"config.mesh.moments=host keeps {size(memory.moments)} of moments on the host")
     if memory.activations + memory.temporaries > memory.total / 3:
         if config.model.remat in ("none", "dots"):
             advice.append("config.model.remat=full keeps only each layer's input, offload on the host")

@@ -57,12 +57,14 @@ class RolloutGenerator:
 
     def load(self, params: nnx.State) -> None:
         """Brings a policy's parameters to the devices that make completions; they are used where they are already."""
-        if self._generator:
-            self._generator.params = nnx.State({})  # a share of the devices may not hold two policies
         mesh, weights = self._programs.to_generate(params)
         if self._generator is None:
             self._generator = Generator(self._model, weights, self._settings, mesh=mesh, tokenizer=self._tokenizer)
         self._generator.params, self._params = weights, params
+
+    def release(self) -> None:
+        """Lets go of the policy: of adapters and on devices of their own it is a copy of all weights."""
+        self._generator.params, self._params = nnx.State({}), None
 
     def completions(self, prompts: Sequence[Prompt], *, limit: int, seed: int) -> list[list[Completion]]:
         """Of each prompt as many as the stage wants, of at most `limit` tokens."""

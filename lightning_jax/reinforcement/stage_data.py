@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +111,7 @@ class RolloutData:
         self._stack = contextlib.ExitStack()
         reward = open_rewards(self._settings.rewards, self._stack, place.say)
         ends = {each.end_of_turn for each in prompts.values()}
-        self._generator = RolloutGenerator(config, place.stage, tokenizer, ends, place.programs, place.progress)
+        self._generator = RolloutGenerator(config, place.stage, tokenizer, ends, place.programs, self._progress)
         self._collector = Collector(config, place.stage, prompts, tokenizer, self._generator, reward)
         self._scorer = Scorer(place.stage, place.programs)
         self._reference: nnx.State | None = None
@@ -124,6 +124,7 @@ class RolloutData:
         self._made = Position()
         self._ahead: Generated | None = None
         self._waited = 0.0  # seconds for it
+        self._closed = False
         self._begun: tuple[int, Callable[[], Generated]] | None = None  # a generation, and what waits for it
         self._thread = ThreadPoolExecutor(1) if self._settings.rollouts.staleness else None
         if saved:
@@ -167,18 +168,28 @@ class RolloutData:
         """The mean reward of the likeliest completions of held-out prompts, by corpus; of `most` prompts at most."""
         self._settle()  # generators and verifiers do one thing at a time
         self._generator.load(params)
-        return self._collector.validation_rewards(most)
+        rewards = self._collector.validation_rewards(most)
+        self._generator.release()
+        return rewards
 
     def close(self) -> None:
+        self._closed = True
         if self._thread:
             self._thread.shutdown()
         self._stack.close()
+
+    def _progress(self, doing: str) -> None:
+        """Takes what generators do; where nobody will have their rollouts any more, a thread's ends."""
+        if self._closed:
+            raise CancelledError
+        self._place.progress(doing)
 
     def _make(self, generation: int, step: int, state: TrainState) -> HostBatch:
         self._settle()
         if (generated := self._ahead) is None:
             self._generator.load(state.params)
             generated = self._collector.generate(generation, self._made)
+            self._generator.release()
         value = state.value and state.value.params
         collected = self._scorer.collected(generation, generated, state.params, self._reference, value)
         collected.timing["waiting_seconds"], self._waited = self._waited, 0.0
@@ -214,6 +225,7 @@ class RolloutData:
         self._place.progress("waiting for rollouts")
         begin = time.perf_counter()
         self._ahead, self._begun = completed(), None
+        self._generator.release()
         self._waited += time.perf_counter() - begin
         arrays = self._ahead.arrays()
         self._saved |= {"ahead": digest(arrays)}

@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 PLUGIN = "jax_cuda13_plugin"
+INSTALL_PLUGIN = "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
 # What XLA wants to know of a GPU.
 TARGETS = {
     "h200": """
@@ -92,7 +93,7 @@ def resources(function: Callable[..., Any], *arguments: Any, target: str = "h200
 def missing() -> str | None:
     """What this machine lacks to compile for a GPU, and how to install it; None if it lacks nothing."""
     if importlib.util.find_spec(PLUGIN) is None:
-        return f"{PLUGIN}: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
+        return f"{PLUGIN}: {INSTALL_PLUGIN}"
     nvidia = importlib.util.find_spec("nvidia")
     packages = [f"{folder}/cu13/bin" for folder in nvidia.submodule_search_locations] if nvidia else []
     if shutil.which("ptxas", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *packages])) is None:

@@ -1,4 +1,4 @@
-"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it."""
+"""The fork of benchmarks/policy_gradients.py, in two minutes: CISPO learns it, and a clip of the ratio delays it."""
 
 import json
 import os
@@ -10,18 +10,14 @@ import forgotten_carries
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-LESS = ["--settings=worked", "--algorithms", "CISPO", "DAPO", "--seeds=1", "--generations=3", "--passes=3"]
+LESS = ["--algorithms", "CISPO", "DAPO", "--seeds=1", "--rates", "3e-4:3", "--passes=3"]
 
 
 def test_the_fork_is_where_the_right_answer_leaves_the_forgetful_one():
-    def answers(a, b, *, worked):
-        return [forgotten_carries.answer(a, b, carry=carry, worked=worked) for carry in (True, False)]
-
-    assert answers(47, 38, worked=False) == ["85", "75"]
-    assert answers(95, 17, worked=False) == ["112", "02"]
-    assert answers(47, 38, worked=True) == ["7+8=15 4+3+1=8 85", "7+8=15 4+3=7 75"]
-    assert [forgotten_carries.fork(*pair, worked=False) for pair in ((47, 38), (95, 17), (20, 91))] == [0, 0, 2]
-    assert [forgotten_carries.fork(*pair, worked=True) for pair in ((47, 38), (95, 17))] == [10, 10]
+    right, forgetful = (forgotten_carries.answer(47, 38, carry=carry) for carry in (True, False))
+    assert (right, forgetful) == ("7+8=15 4+3+1=8 85", "7+8=15 4+3=7 75")
+    assert forgotten_carries.answer(95, 17, carry=True) == "5+7=12 9+1+1=11 112"
+    assert forgotten_carries.fork(47, 38) == right.index("+1=8")
 
 
 @pytest.mark.slow

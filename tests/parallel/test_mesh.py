@@ -96,3 +96,12 @@ def test_slices_that_divide_no_axis_are_refused():
     devices = [device_of(place // 2) for place in range(6)]
     with pytest.raises(MeshError, match="3 slices do not divide the axes; use data=3"):
         arrange(MeshConfig.of(tensor=2).sizes(), devices)
+
+
+@pytest.mark.parametrize("chips", [3, 5, 7])
+def test_chips_that_are_no_box_of_their_slice_are_refused(chips):
+    """The first of 2 x 4, where the others make rollouts."""
+    places = [(x, y, 0) for y in range(4) for x in range(2)]
+    devices = [SimpleNamespace(coords=place, platform="tpu") for place in places[:chips]]
+    with pytest.raises(MeshError, match=f"{chips} chips of a larger slice are no box of it; use a half"):
+        arrange({"fsdp": chips}, devices)

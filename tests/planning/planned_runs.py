@@ -28,9 +28,9 @@ RUNS = {
 }
 
 
-def planned(name: str) -> tuple[RunConfig, Stage]:
+def planned(name: str, *changes: str) -> tuple[RunConfig, Stage]:
     system, *overrides = RUNS[name]
-    config = load_config(f"{ROOT}/configs/{system}.py:laptop", overrides)
+    config = load_config(f"{ROOT}/configs/{system}.py:laptop", [*overrides, *changes])
     return config, plan_stages(config)[0]
 
 

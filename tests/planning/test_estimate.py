@@ -175,3 +175,31 @@ def test_what_a_lightning_layer_sends_over_the_sequence_axis_does_not_grow_with_
     sent = [estimate(lightning, each, EIGHT).sent for each in (stage, longer)]
     assert sent[0]["sequence",] == sent[1]["sequence",]
     assert sent[0]["sequence",].total > 0
+
+
+ROLLOUTS = "stages.rlvr.reinforcement.rollouts"
+
+
+def rollouts_of(fsdp, *overrides):
+    """The plan of Tulu 3's RLVR stage for 8B on a node, with few sequences under way."""
+    overrides = ["run_stages=rlvr", "mesh.data=1", "mesh.tensor=1", f"mesh.fsdp={fsdp}", *overrides]
+    config = load_config("configs/tulu3.py:8b", [*overrides, f"{ROLLOUTS}.slots=64"])
+    return config, estimate(config, plan_stages(config)[0], parse_slice("h100:8"))
+
+
+def test_a_share_of_the_devices_gathers_no_weights_for_a_token_and_leaves_the_others_to_train():
+    config, in_turns = rollouts_of(8)
+    _, share = rollouts_of(4, f"{ROLLOUTS}.devices={{tensor:4}}")
+    assert (in_turns.rollouts.num_devices, share.rollouts.num_devices, share.mesh["fsdp"]) == (8, 4, 4)
+    assert share.model_flops == 2 * in_turns.model_flops
+    assert in_turns.rollouts.token_seconds > 5 * share.rollouts.token_seconds
+    # fp32, a quarter of them on each; norms are not split.
+    assert share.rollouts.weights == pytest.approx(4 * config.model.num_parameters() / 4, rel=0.001)
+    assert in_turns.rollouts.weights == in_turns.memory.arguments
+
+
+def test_states_of_rollouts_are_those_of_the_slots_that_a_device_has():
+    config, plan = rollouts_of(8)
+    tokens = config.stages["rlvr"].context_length + 1
+    # Eight slots and a prompt on its way; caches have whole blocks of places.
+    assert plan.rollouts.states == pytest.approx(9 * tokens * config.model.kv_cache_bytes_per_token(), rel=0.1)

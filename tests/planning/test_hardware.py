@@ -35,6 +35,8 @@ def test_shapes_are_in_chips_and_several_slices_are_counted(text, chips, devices
         ("v5p:8*8*8", "not of the form"),
         ("0xv5p:8", "not of the form"),
         ("v6e:32x32", "a slice of v6e has at most 256 chips; several are written 4xv6e:SHAPE"),
+        ("v5p-1024", "here a slice is named by its chips: v5p:512"),
+        ("2xv5litepod-256", "here a slice is named by its chips: 2xv5e:256"),
         ("2xh100:8", "only TPUs come in slices; 2 x 8 h100 are h100:2x8"),
     ],
 )

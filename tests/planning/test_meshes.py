@@ -1,5 +1,6 @@
 """Stated meshes fit the chips they are stated for, and "auto" takes the one with the least communication."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -76,6 +77,19 @@ def test_auto_splits_a_row_of_a_million_tokens():
     config = load_config(f"{ROOT}/configs/minimax_m1.py:456b", ["run_stages=context_1024k"])
     mesh, _ = best_mesh(config, plan_stages(config), parse_slice("v5p:8x8x8"))
     assert mesh.sequence > 1
+
+
+def test_few_large_experts_are_split_inside():
+    few = ("model.num_experts=8", "model.experts_per_token=2", "model.intermediate_size=36864")
+    config, stages = first_stage("minimax_m1_456b", *few)
+    target = parse_slice("h800:1024")
+    mesh, _ = best_mesh(config, stages, target)
+    assert (mesh.expert, mesh.expert_tensor) == (8, 2)
+    sizes = mesh.sizes() | {"expert_tensor": 1, "fsdp": 2 * mesh.fsdp}
+    gathered = dataclasses.replace(config, mesh=MeshConfig.of(**sizes))
+    split = dataclasses.replace(config, mesh=mesh)
+    seconds = [estimate(each, stages[0], target).communication_seconds for each in (split, gathered)]
+    assert seconds[0] < 0.8 * seconds[1]
 
 
 def test_a_small_model_is_replicated():

@@ -56,6 +56,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(capsys):
     _, text = lines(capsys, "--devices=v5p:4x4x4", *mesh)
     assert "does not fit" in text
     assert "change: weights, moments and gradients alone would fill" in text
+    assert re.search(r"change: config.mesh.moments=host keeps \S+ GiB of moments on the host", text)
     assert re.search(r"change: --devices=v5p:\d+ holds it, as mesh \w+", text)
 
 

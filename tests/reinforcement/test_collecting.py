@@ -1,6 +1,8 @@
 """Dynamic sampling refills, gives up and says so; what is measured is not what was selected."""
 
 import dataclasses
+import itertools
+import time
 import types
 
 import numpy as np
@@ -144,6 +146,16 @@ def test_prompts_with_equal_rewards_are_replaced_by_the_next_ones():
     assert collected.rows["loss_mask"].any(axis=1).all()
     assert collected.metrics["reward"] == 0.25  # of the first four prompts, whatever was put in their place
     assert collected.metrics["equal_reward_groups"] == 0.5
+
+
+def test_tokens_per_second_count_those_of_refills(monkeypatch):
+    """Four prompts, and two in place of those that are hopeless: two and three tokens of each."""
+    order = asked(collect(collector()).rows)
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    timing = collect(collector(hopeless=order[1:3])).timing
+    assert timing["generation_seconds"] == timing["reward_seconds"] == 2  # one each time
+    assert timing["generated_tokens_per_second"] == timing["rewarded_tokens_per_second"] == (4 + 2) * (2 + 3) / 2
 
 
 def test_refills_end_and_what_teaches_nothing_counts_nowhere():

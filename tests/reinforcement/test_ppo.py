@@ -170,3 +170,24 @@ def test_a_judge_that_likes_length_teaches_it_and_is_seen_on_record(folder, caps
 def head_of(run, step, prefix):
     (fingerprint,) = [each for name, each in fingerprints(run, step).items() if name.startswith(f"{prefix}head")]
     return fingerprint
+
+
+def test_adapters_are_trained_beside_a_whole_value_model_and_rolled_out_on_devices_of_their_own(folder):
+    more = {"lora__rank": 2, "lora__alpha": 4, "lora__targets": "mixer.query_key_value,mixer.output,mixer.query"}
+    more |= {"mesh__data": 1, "mesh__fsdp": 4, f"{SETTINGS}__rollouts__devices": "{fsdp:4}"}
+    command = [*arguments(folder, "adapters", **more), f"--init_from={folder / 'whole'}"]
+    assert train.main(command) == 0
+    run, leaves = folder / "adapters", fingerprints(folder / "adapters")
+    of_policy = {name for name in leaves if name.startswith("params/")}
+    assert of_policy
+    assert all(name.endswith(("/down/value", "/up/value")) for name in of_policy)
+    assert any(name.startswith("value/params/backbone/") for name in leaves)
+    generations = [row for row in metrics(run) if "reward" in row]
+    assert generations[0]["log_prob_gap_max"] < 1e-4  # of merged weights, and of adapters beside theirs
+    before, record = leaves, metrics(run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name) > 6:
+            shutil.rmtree(path)
+    assert train.main(command) == 0
+    assert fingerprints(run) == before
+    assert metrics(run) == record

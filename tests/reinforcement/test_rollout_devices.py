@@ -4,6 +4,8 @@ import json
 import pathlib
 import shutil
 import threading
+import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -88,6 +90,34 @@ def test_the_next_generation_is_made_while_the_present_one_is_trained_on(folder,
     more = SHARE | {"checkpoints__every_steps": 0, "metrics__evaluate_every_steps": 1000}
     assert train.main(tiny_reinforcement.arguments(folder, "meanwhile", steps=2 * UPDATES, **more)) == 0
     assert waited == [True]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_wait_for_rollouts_made_ahead(folder, monkeypatch):
+    generate, ended = Collector.generate, []
+
+    def generate_for_a_minute(self, generation, position):
+        if not generation:
+            return generate(self, generation, position)
+        try:
+            for _ in range(6000):
+                self._generator._progress("making rollouts")
+                time.sleep(0.01)
+        except CancelledError:
+            ended.append(generation)
+            raise
+
+    def failing(self, stage, rows):
+        def step(*arguments):
+            raise RuntimeError("a device is gone")
+
+        return step
+
+    monkeypatch.setattr(Collector, "generate", generate_for_a_minute)
+    monkeypatch.setattr(Programs, "train_step", failing)
+    with pytest.raises(RuntimeError, match="a device is gone"):
+        train.main(tiny_reinforcement.arguments(folder, "failing", steps=2 * UPDATES, **SHARE))
+    assert ended == [1]
 
 
 @pytest.mark.slow
