@@ -25,11 +25,22 @@ splits none, and those of the extension have no room then: --config.run_stages=c
 tokens, with --config.model.capacity_group=16128.
 
 After it (section 5, Table 7) come sft_short, sft_long, dpo_short and dpo_long, each a run of its own with
---config.run_stages=NAME and --init_from=FOLDER: chats of 8,192 and of 1,032,192 tokens in turn, half of the long
-stages' prompts long. Undisclosed, and ours here: beta, Adam's numbers (those of pre-training) and one chat to a row.
-laptop has sft_short and dpo_short, on generated word problems. Then rl (section 5.4.2), on mathematics whose answers
-can be verified: GRPO without gradient for tokens of a large ratio and a negative advantage, and with a divergence of
-probabilities. All its numbers are undisclosed, and ours.
+--config.run_stages=NAME, --init_from=FOLDER and a --workdir: chats of 8,192 and of 1,032,192 tokens in turn, half of
+the long stages' prompts long. Undisclosed, and ours here: beta, Adam's numbers (those of pre-training) and one chat to
+a row. Then rl (section 5.4.2), on mathematics whose answers can be verified: GRPO without gradient for tokens of a
+large ratio and a negative advantage, and with a divergence of probabilities. All its numbers are undisclosed, and ours.
+
+laptop has sft_short and dpo_short, on generated word problems:
+
+    python -m lightning_jax.train --config=configs/minimax_text_01.py:laptop --config.run_stages=sft_short \
+        --init_from=runs/minimax_text_01_laptop --workdir=runs/text_01_sft
+    python -m lightning_jax.train --config=configs/minimax_text_01.py:laptop --config.run_stages=dpo_short \
+        --init_from=runs/text_01_sft --workdir=runs/text_01_dpo
+
+With seed 0, and the pre-training of MiniMax-M1's laptop size, whose model is the same, the loss on held-out answers was
+0.29 nats after 100 steps of sft_short and 0.07 after 350, with which 281 of 400 other problems are solved (standard
+error 9). The 72 steps of dpo_short bring the loss of held-out pairs from 0.693 to 0.683, of which 69% are right then,
+and 286 problems are solved.
 
 seed. What a widely read summary of the recipe gives instead: 300B tokens, AdamW (0.9, 0.98) with weight decay 0.01,
 10,000 steps of warm-up to 1e-4 and a cosine over 500,000, on CommonCrawl, Wikipedia, BookCorpus and news. Its batch of
@@ -208,8 +219,8 @@ def _laptop_post_training() -> dict[str, ConfigDict]:
             warmup_share=0.1,
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW["paper"],
-            schedule=cosine(1e-5, 1e-6),
-            preference={"loss": "dpo", "beta": 0.1, "reference": "cached"},
+            schedule=cosine(3e-6, 3e-7),
+            preference={"loss": "dpo", "beta": 0.1, "reference": "live"},
             **common,
         ),
     }

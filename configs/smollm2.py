@@ -20,12 +20,21 @@ stage_4_end, which --config.run_stages=stage_1,stage_2,stage_3,stage_4,stage_4_e
 here: the shares within the math of stages 3 and 4, within the web of stage 4 and within the small models' corpora, and
 the learning rate of the branch, which goes on with the decay.
 
-sft and dpo (section 5, and the released configs) are runs of their own: --config.run_stages=sft
---init_from=FOLDER with the folder of a pre-trained run. sft: 2 passes over SmolTalk (135m, 360m: smol-smoltalk) in rows
+sft and dpo (section 5, and the released configs) are runs of their own, each in a folder of its own:
+
+    python -m lightning_jax.train --config=configs/smollm2.py:laptop --config.run_stages=sft \
+        --init_from=runs/smollm2_laptop --workdir=runs/smollm2_sft
+    python -m lightning_jax.train --config=configs/smollm2.py:laptop --config.run_stages=dpo \
+        --init_from=runs/smollm2_sft --workdir=runs/smollm2_dpo
+
+sft: 2 passes over SmolTalk (135m, 360m: smol-smoltalk) in rows
 of 8,192 tokens, 128 of them a batch, a cosine from 3e-4 (small sizes: 1e-3) after 10% of warm-up. dpo: 2 passes over
 UltraFeedback, 128 pairs of chats of up to 1,024 tokens, beta 0.5, a cosine from 1e-6 (the released config of 1.7b makes
 3). Template: ChatML; its default system message is left out. Adam's numbers and clipping are the defaults of the
-library that was used.
+library that was used. On laptop, with seed 0 and after 200 steps of pre-training, the loss on held-out answers was 0.29
+nats after 100 steps of sft and 0.13 after 350, with which 134 of 400 other problems are solved (standard error 9). The
+72 steps of dpo bring the loss of held-out pairs from 0.693 to 0.681, of which 74% are right then, and 133 problems are
+still solved: 125 with steps of 3e-6, 107 with 1e-5, though no more pairs are right with them.
 
 seed. A widely read summary of the recipe has instead beta2 0.999, batches of 2M tokens and a decay over the last 10%
 for every size, and math and code in the small models' decay; 1.7b's four stages keep their mixtures. Its sft and dpo
@@ -148,7 +157,7 @@ def _stages(size: str, recipe: str) -> dict[str, ConfigDict]:
 
 
 def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
-    """Section 5 of the paper and the released configs; the laptop's learning rates and lengths are ours."""
+    """Section 5 of the paper and the released configs; the laptop's lengths are ours."""
     laptop, large = size == "laptop", size == "1.7b"
     schedule, decay_share = {"paper": (cosine, 1.0), "seed": (wsd, 0.1)}[recipe]
     sft_rate = 3e-4 if large or (recipe == "seed" and not laptop) else 1e-3
@@ -165,7 +174,7 @@ def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
             rope_theta=theta,
             mixture={chats: 1.0},
             packing="best_fit",
-            batch_size=batch_size(rows * length, micro_batch_tokens=length),
+            batch_size=batch_size(rows * length, micro_batch_tokens=0 if laptop else length),
             optimizer=optimizer,
             schedule=schedule(sft_rate, 0.0),
         ),
@@ -177,10 +186,10 @@ def _post_training(size: str, recipe: str) -> dict[str, ConfigDict]:
             rope_theta=theta,
             mixture={pairs: 1.0},
             packing="best_fit" if laptop else "one_per_row",
-            batch_size=batch_size(rows * pair, micro_batch_tokens=pair),
+            batch_size=batch_size(rows * pair, micro_batch_tokens=0 if laptop else pair),
             optimizer=optimizer,
-            schedule=schedule(1e-5 if laptop else 1e-6, 0.0),
-            preference={"loss": "dpo", "beta": 0.5, "reference": "cached"},
+            schedule=schedule(1e-6, 0.0),
+            preference={"loss": "dpo", "beta": 0.5, "reference": "live" if laptop else "cached"},
         ),
     }
 

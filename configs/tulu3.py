@@ -9,6 +9,8 @@
     python -m lightning_jax.train --config=configs/tulu3.py:8b --config.run_stages=rlvr \
         --init_from=runs/tulu3_8b_dpo --workdir=runs/tulu3_8b_rlvr
     python -m lightning_jax.train --config=configs/tulu3.py:8b,lora --init_from=runs/llama_3.1_8b
+    python -m lightning_jax.train --config=configs/tulu3.py:laptop --config.run_stages=reward_model \
+        --init_from=runs/tulu3_laptop --workdir=runs/reward_model
 
 What follows the colon is a size, a recipe (paper, lora), or both with a comma between. runs/llama_3.1_8b is Llama 3.1's
 safetensors through lightning_jax.convert. Each stage is a run of its own with fresh moments, as published; laptop
@@ -44,7 +46,8 @@ which are 8b's, and the clipping of rlvr_grpo.
 laptop. Ours; 31% of 400 other problems are solved after sft. Its dpo is short and slow, because the wrong answers are
 near misses that the model half believes, and unlearning them costs right ones. With 72 steps at 1e-5 it still solves
 30%; with 215 steps 26%, with as many at 1e-4 25%, and the loss is above log 2 on the way. With lora 68% of pairs are
-right and 28% are solved.
+right and 28% are solved. Its reward model, after sft and dpo, is right of 66% of 574 held-out pairs (95%: 62% to 70%).
+All with seed 0.
 
 lora. Not published, ours: the same with adapters of rank 64 and alpha 32 on all matrices of all layers in place of the
 weights, and ten times the learning rates, as "LoRA Without Regret" (Schulman and others, 2025) finds best. The laptop's
@@ -283,7 +286,8 @@ def _laptop_stages(rate: int) -> dict[str, ConfigDict]:
             mixture={"arithmetic_pairs": 1.0},
             optimizer=ADAMW,
             schedule=wsd(rate * 1e-5, 0.0),
-            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "cached"},
+            # For a tenth of the pairs: to score them as they come costs less than all of them beforehand.
+            preference={"loss": "dpo_norm", "beta": 5.0, "reference": "live"},
             **common,
         ),
         "reward_model": stage(

@@ -45,6 +45,7 @@ def arguments(folder, workdir, **more):
         "stages.dpo.passes.count": 1,
         "stages.reward_model.passes.count": 2,
         "stages.dpo.schedule.peak": 1e-3,
+        "stages.dpo.preference.reference": "cached",
         "stages.reward_model.schedule.peak": 3e-3,
         "metrics.log_every_steps": 1,
         "metrics.evaluate_every_steps": 10,
