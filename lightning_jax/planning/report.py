@@ -158,9 +158,8 @@ def what_to_change(config: RunConfig, stage: Stage, plan: Estimate) -> list[str]
         if config.model.remat in ("none", "dots"):
             advice.append("config.model.remat=full keeps only each layer's input, offload on the host")
         elif config.model.remat == "full" and chip.platform != "cpu":
-            advice.append(
-                f"config.model.remat=offload keeps {size(memory.activations)} on the host, but for a few layers"
-            )
+            held = size(memory.activations)
+            advice.append(f"config.model.remat=offload keeps up to {held} on the host; --compile says how much")
         rows_tokens = stage.config.context_length
         if (stage.config.batch_size.micro_batch_tokens or plan.tokens) > rows_tokens:
             advice.append(f"batch_size.micro_batch_tokens={rows_tokens}: one row of each device at a time")
