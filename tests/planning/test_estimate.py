@@ -28,7 +28,7 @@ def test_estimated_memory_is_the_compilers_within_15_percent(name):
 
 def test_the_456b_steps_on_record_are_estimated_within_15_percent():
     on_record = [row for row in json.loads(RECORD.read_text())["rows"] if "temporaries" in row]
-    # That of offloaded inputs is too low by a fifth: planning/README.md says so.
+    # The estimate with offloaded inputs is too low by a fifth: planning/README.md says so.
     rows = [row for row in on_record if "model.remat=offload" not in row["overrides"]]
     assert len(rows) >= 8
     for row in rows:
